@@ -1,0 +1,32 @@
+# make frontier   set up, then run the quickstart experiment
+# make test       set up, then run the tests
+# make check      format, lint and types
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: frontier test check format clean
+
+frontier: .venv/installed
+	$(BIN)/crnn-slim frontier params/quickstart.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The stamp is written last: an installation that was interrupted starts again.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

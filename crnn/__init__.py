@@ -1,0 +1,1 @@
+"""Text line recognition with a CRNN: data, networks, training, evaluation, checkpoints."""

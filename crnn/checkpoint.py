@@ -1,0 +1,185 @@
+"""One safetensors file for a network, and one for a training under way. No pickle anywhere.
+
+The state dict is the architecture: a cut network is the same class with narrower layers, so
+loading builds the network from its settings and gives every layer the shape of its tensors.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from crnn.charset import Charset
+from crnn.data.images import HEIGHT
+from crnn.errors import CheckpointError, UserError
+from crnn.files import write_atomic
+from crnn.networks.recogniser import Recogniser
+from crnn.settings import ModelSettings, TrainSettings
+from crnn.training import Run, start
+
+FORMAT = "crnn-slim/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network and what is needed to read a line with it.
+
+    Attributes:
+        model: In evaluation mode.
+        charset: Meaning of its classes.
+        max_width: Widest line in pixels, at 32 px high.
+        stage: The stage that made it.
+    """
+
+    model: Recogniser
+    charset: Charset
+    max_width: int
+    stage: str
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the network with its settings, charset and geometry."""
+    model = checkpoint.model
+    metadata = {
+        "format": FORMAT,
+        "model": model.settings.model_dump_json(),
+        "charset": checkpoint.charset.characters,
+        "geometry": json.dumps(
+            {"height": HEIGHT, "max_width": checkpoint.max_width, "stride": model.stride}
+        ),
+        "stage": checkpoint.stage,
+    }
+    write_atomic(path, save(_plain(model.state_dict()), metadata))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a network of any widths.
+
+    Raises:
+        CheckpointError: No such file, not one of ours, or tensors that make no network.
+    """
+    tensors, metadata = _read(path)
+    try:
+        settings = ModelSettings.model_validate_json(metadata["model"])
+        charset = Charset(metadata["charset"])
+        max_width = int(json.loads(metadata["geometry"])["max_width"])
+        model = Recogniser(settings, charset.classes)
+        resize(model, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path} is unusable: {error}") from error
+    except (KeyError, TypeError, ValueError, ValidationError, UserError) as error:
+        raise CheckpointError(f"checkpoint {path} has unusable metadata: {error!r}") from error
+    return Checkpoint(model.eval(), charset, max_width, metadata.get("stage", "?"))
+
+
+def resize(model: Recogniser, tensors: dict[str, Tensor]) -> None:
+    """Give every layer the shapes of a state dict of the same keys, and load it.
+
+    Raises:
+        CheckpointError: Keys differ, a layer is wider than the settings say, or the layers do not
+            fit each other.
+    """
+    expected = model.state_dict()
+    if tensors.keys() != expected.keys():
+        missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+        raise CheckpointError(f"missing tensors {sorted(missing)}, unknown {sorted(extra)}")
+    for name, tensor in tensors.items():
+        full = expected[name]
+        fits = (
+            tensor.ndim == full.ndim and tensor.dtype.is_floating_point == full.is_floating_point()
+        )
+        if not fits or any(n > m or (m and not n) for n, m in zip(tensor.shape, full.shape)):
+            raise CheckpointError(
+                f"tensor {name} is {tuple(tensor.shape)}, at most {tuple(full.shape)} fits"
+            )
+    for name, module in model.named_modules():
+        own = {
+            key.removeprefix(f"{name}."): t
+            for key, t in tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        _resize_layer(module, own)
+    model.rnn = _lstm_of(tensors["rnn.weight_ih_l0"].shape, model.rnn)
+    try:
+        model.load_state_dict(tensors)
+        model.eval()(torch.zeros(1, 3, HEIGHT, 32, dtype=model.head.weight.dtype))
+    except RuntimeError as error:
+        raise CheckpointError(f"the layers do not fit each other ({error})") from error
+
+
+def _resize_layer(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    if isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = tensors["weight"].shape[:2]
+    elif isinstance(module, nn.BatchNorm2d):
+        module.num_features = len(tensors["weight"])
+        module.running_mean = torch.empty_like(tensors["running_mean"])
+        module.running_var = torch.empty_like(tensors["running_var"])
+    else:
+        return
+    for name, _ in list(module.named_parameters()):
+        setattr(module, name, nn.Parameter(torch.empty_like(tensors[name])))
+
+
+def _lstm_of(shape: torch.Size, lstm: nn.LSTM) -> nn.LSTM:
+    layers, both = lstm.num_layers, lstm.bidirectional
+    return nn.LSTM(shape[1], shape[0] // 4, num_layers=layers, bidirectional=both)
+
+
+def save_run(path: Path, run: Run) -> None:
+    """Write a training under way: weights, and the optimizer's moments."""
+    tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
+    for index, moments in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    metadata = {"format": FORMAT, "epoch": str(run.epoch)}
+    write_atomic(path, save(_plain(tensors), metadata))
+
+
+def load_run(path: Path, model: Recogniser, settings: TrainSettings) -> Run:
+    """Go on from what save_run wrote.
+
+    Args:
+        path: The file.
+        model: Of the same architecture; its weights are replaced.
+        settings: Of the same training.
+    """
+    tensors, metadata = _read(path)
+    model.load_state_dict(_under("model.", tensors))
+    run = start(model, settings)
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in _under("optimizer.", tensors).items():
+        index, _, moment = name.partition(".")
+        state.setdefault(int(index), {})[moment] = tensor
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
+    run.epoch = int(metadata["epoch"])
+    return run
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Safetensors takes contiguous tensors on the CPU."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{path} is no checkpoint of this program (format"
+                    f" {metadata.get('format')!r}, {FORMAT!r} is needed)"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from error

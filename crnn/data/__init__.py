@@ -1,0 +1,1 @@
+"""Data: sources of text line images, their check, augmentation and batches."""

@@ -1,0 +1,170 @@
+"""Batches of lines of like width, in an order that is a function of (seed, epoch)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from crnn.charset import Charset
+from crnn.data.augment import augment
+from crnn.data.images import HEIGHT, fit_line
+from crnn.data.render import generator
+from crnn.data.sources import Source
+from crnn.settings import AugmentSettings
+
+BUCKET = 16
+"""Lines are padded to the next multiple of this width, in pixels."""
+
+PADDING = 128
+"""Grey level of padding; it becomes zero, give or take 1/255, when normalised."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lines of one padded width.
+
+    Attributes:
+        images: (N, 3, 32, W), uint8.
+        widths: (N,), int64, each line's own width in pixels.
+        targets: Class numbers of all labels one after another, int64.
+        target_lengths: (N,), int64.
+        labels: The texts.
+        indices: Numbers of the samples in their source.
+    """
+
+    images: Tensor
+    widths: Tensor
+    targets: Tensor
+    target_lengths: Tensor
+    labels: list[str]
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class Lines(Dataset[tuple[np.ndarray, str, int]]):
+    """The usable samples of a source, as training or evaluation reads them.
+
+    Attributes:
+        source: Where they come from.
+        indices: (S,) numbers of the usable samples in the source.
+        widths: (S,) their widths after scaling to 32 px high.
+        charset: Classes of the labels.
+        max_width: Widest line in pixels; wider ones are squeezed.
+    """
+
+    source: Source
+    indices: np.ndarray
+    widths: np.ndarray
+    charset: Charset
+    max_width: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, position: int) -> "np.ndarray":
+        """Pixels of a line, (32, w, 3), uint8."""
+        image = self.source.image(int(self.indices[position]))
+        return np.asarray(fit_line(image, self.max_width))
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Pixels uint8 in [0, 255] to float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def pad(lines: Sequence[np.ndarray]) -> Tensor:
+    """Lines (32, w_i, 3) to images (N, 3, 32, W), W the next multiple of 16, padded on the right.
+
+    The width a line is padded to depends on batch mates of a wider bucket alone, and evaluation
+    never mixes buckets, so a line reads the same in any batch.
+    """
+    width = -(-max(line.shape[1] for line in lines) // BUCKET) * BUCKET
+    images = np.full((len(lines), HEIGHT, width, 3), PADDING, dtype=np.uint8)
+    for image, line in zip(images, lines, strict=True):
+        image[:, : line.shape[1]] = line
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class _View(Dataset[tuple[np.ndarray, str, int]]):
+    """Lines as one epoch sees them."""
+
+    lines: Lines
+    change: AugmentSettings | None
+    key: tuple[int, int]
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, str, int]:
+        lines, index = self.lines, int(self.lines.indices[position])
+        image = fit_line(lines.source.image(index), lines.max_width)
+        if self.change is not None:
+            image = augment(image, self.change, generator(*self.key, index))
+        return np.asarray(image), lines.source.label(index), index
+
+    def collate(self, samples: list[tuple[np.ndarray, str, int]]) -> Batch:
+        images, labels, indices = zip(*samples, strict=True)
+        classes = [self.lines.charset.encode(label) for label in labels]
+        return Batch(
+            images=pad(images),
+            widths=torch.tensor([image.shape[1] for image in images]),
+            targets=torch.tensor([c for label in classes for c in label]),
+            target_lengths=torch.tensor([len(label) for label in classes]),
+            labels=list(labels),
+            indices=list(indices),
+        )
+
+
+def training_batches(
+    lines: Lines,
+    batch_size: int,
+    change: AugmentSettings | None,
+    seed: int,
+    epoch: int,
+    workers: int,
+) -> DataLoader[Batch]:
+    """Every line once, shuffled and augmented as (seed, epoch) say, whatever the workers."""
+    view = _View(lines, change, (seed, epoch))
+    return _loader(view, _shuffled(lines.widths, batch_size, generator(seed, epoch)), workers)
+
+
+def evaluation_batches(lines: Lines, batch_size: int, workers: int) -> DataLoader[Batch]:
+    """Every line once, unchanged, in batches that never mix widths of two buckets."""
+    order = np.argsort(lines.widths, kind="stable")
+    buckets = np.split(order, np.flatnonzero(np.diff(_bucket(lines.widths[order]))) + 1)
+    batches = [chunk for bucket in buckets for chunk in _chunks(bucket, batch_size)]
+    return _loader(_View(lines, None, (0, 0)), batches, workers)
+
+
+def _bucket(widths: np.ndarray) -> np.ndarray:
+    return -(-widths.astype(np.int64) // BUCKET)
+
+
+def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _shuffled(widths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Batches of one bucket each; what is left over in the buckets is joined by width."""
+    order = rng.permutation(len(widths))
+    buckets = _bucket(widths)[order]
+    batches: list[np.ndarray] = []
+    left_over: list[np.ndarray] = []
+    for bucket in np.unique(buckets):
+        members = order[buckets == bucket]
+        full = len(members) // size * size
+        batches += _chunks(members[:full], size)
+        left_over.append(members[full:])
+    batches += _chunks(np.concatenate(left_over), size)
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _loader(view: _View, batches: list[np.ndarray], workers: int) -> DataLoader[Batch]:
+    return DataLoader(
+        view,  # type: ignore[arg-type]
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=min(workers, len(batches)),
+        collate_fn=view.collate,
+        prefetch_factor=4 if workers and batches else None,
+    )

@@ -1,0 +1,133 @@
+"""A look at every sample before training: what cannot be used is counted and listed."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from crnn.charset import Charset
+from crnn.data.images import fit_line
+from crnn.data.sources import Source
+from crnn.errors import DataError
+
+LISTED = 10
+"""Bad samples that an error names before it refers to the rest by number."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be trained on, and why.
+
+    Attributes:
+        split: "train" or "val".
+        name: Its path or key.
+        reason: The kind of fault, the same words for every sample that has it.
+        detail: What is particular to this one.
+    """
+
+    split: str
+    name: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The outcome for one split.
+
+    Attributes:
+        total: Samples looked at.
+        indices: (S,) int64, the usable ones.
+        widths: (S,) int32, their widths at 32 px high, in pixels.
+        bad: The others.
+    """
+
+    total: int
+    indices: np.ndarray
+    widths: np.ndarray
+    bad: list[BadSample]
+
+
+def needed_frames(label: str) -> int:
+    """Frames CTC needs: one a character, and a blank between equal neighbours."""
+    return len(label) + sum(a == b for a, b in pairwise(label))
+
+
+def check_split(
+    split: str,
+    source: Source,
+    charset: Charset,
+    max_width: int,
+    stride: int,
+    on_sample: Callable[[int, int], None] | None = None,
+) -> Checked:
+    """Decode every image and test every label.
+
+    Args:
+        split: Name of the split, for the list.
+        source: Its samples.
+        charset: Characters a label may have.
+        max_width: Widest line, in pixels.
+        stride: Pixels for each CTC frame.
+        on_sample: Called with (samples done, samples in all).
+    """
+    indices, widths, bad = [], [], []
+    for index in range(len(source)):
+        try:
+            label = source.label(index)
+            width = fit_line(source.image(index), max_width).width
+            fault = _fault(label, width // stride, charset)
+        except DataError as error:
+            fault = ("unreadable", str(error))
+        if fault:
+            bad.append(BadSample(split, source.name(index), *fault))
+        else:
+            indices.append(index)
+            widths.append(width)
+        if on_sample:
+            on_sample(index + 1, len(source))
+    return Checked(len(source), np.array(indices, np.int64), np.array(widths, np.int32), bad)
+
+
+def _fault(label: str, frames: int, charset: Charset) -> tuple[str, str] | None:
+    if not label:
+        return "empty label", "the text after the tab is empty"
+    if unknown := charset.unknown(label):
+        return "characters outside the charset", f"{unknown!r} in {label!r}"
+    if frames < needed_frames(label):
+        return (
+            "label too long for CTC",
+            f"{label!r} needs {needed_frames(label)} frames, the image has {frames}",
+        )
+    return None
+
+
+def refuse_bad(checks: list[Checked]) -> None:
+    """Raise a DataError that counts the bad samples by reason and names the first ten."""
+    bad = [sample for check in checks for sample in check.bad]
+    if not bad:
+        return
+    counts = ", ".join(
+        f"{n} {reason}" for reason, n in Counter(b.reason for b in bad).most_common()
+    )
+    listed = "".join(f"\n  {b.split} {b.name}: {b.reason} ({b.detail})" for b in bad[:LISTED])
+    more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+    raise DataError(
+        f"{len(bad)} of {sum(c.total for c in checks)} samples cannot be used ({counts}); mend them,"
+        f" or leave them out with --set data.on_bad_sample=skip:{listed}{more}"
+    )
+
+
+def training_charset(source: Source) -> Charset:
+    """The characters of all readable labels of a source."""
+    found: set[str] = set()
+    for index in range(len(source)):
+        try:
+            found.update(source.label(index))
+        except DataError:
+            continue  # check_split reports it.
+    if not found:
+        raise DataError("no training label has any character; is the data set empty?")
+    return Charset("".join(sorted(found)))

@@ -1,0 +1,52 @@
+"""From the bytes of an image file to an RGB array of the recogniser's height."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from crnn.errors import DataError
+
+HEIGHT = 32
+"""Rows of every line image, in pixels; the backbones reduce exactly this height to 1."""
+
+MAX_PIXELS = 64_000_000
+"""Largest image that is decoded; a line is far smaller, a decompression bomb is larger."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image file of any common format and mode to RGB, first frame, upright.
+
+    Transparency is laid on white; 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        DataError: The bytes are no image, a damaged one, an empty one or a huge one.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"image of {image.width} x {image.height} px is too large")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError("not a readable image") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"damaged image ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image, dtype=np.float64) / (256 if image.mode.startswith("I") else 1)
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit_line(image: Image.Image, max_width: int) -> Image.Image:
+    """Scale to 32 px high with the aspect ratio kept, squeezed where wider than max_width."""
+    width = min(max(1, round(image.width * HEIGHT / image.height)), max_width)
+    if image.size == (width, HEIGHT):
+        return image
+    return image.resize((width, HEIGHT), Image.Resampling.BILINEAR)

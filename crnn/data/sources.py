@@ -1,0 +1,289 @@
+"""Where labelled lines come from: a label file, an LMDB, or a seed.
+
+A source knows its samples by number and reads one at a time, so memory does not grow with the
+images. It can be sent to another process; files are opened there again.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import lmdb
+import numpy as np
+from PIL import Image
+
+from crnn.data.images import decode
+from crnn.data.render import VERSION, render_label, render_line
+from crnn.errors import DataError
+from crnn.settings import DataSettings, TextSettings
+
+
+class Source(Protocol):
+    """Labelled line images by number."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def name(self, index: int) -> str:
+        """What a person calls the sample: its path or key."""
+
+    def label(self, index: int) -> str:
+        """The text; DataError where there is none to read."""
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded RGB image; DataError where it cannot be read."""
+
+    def content(self) -> list[tuple[str, int, int]]:
+        """What the samples are made of: (name, bytes, modification time in ns) of each file."""
+
+    def digest(self) -> str:
+        """SHA-256 over labels and images: changes when any sample does."""
+
+
+class LabelFile:
+    """A UTF-8 text file with one `path<TAB>label` a line, paths relative to its root.
+
+    A byte order mark and CRLF are accepted; empty lines are no samples.
+    """
+
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path = path
+        self.root = root
+        if not path.is_file():
+            raise DataError(f"no label file at {path}; set data.root and data.train or data.val")
+
+    @cached_property
+    def _text(self) -> mmap.mmap | bytes:
+        with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Byte offset of each non-empty line."""
+        data = np.frombuffer(self._text, dtype=np.uint8)
+        ends = np.flatnonzero(data == ord("\n"))
+        starts = np.concatenate([[3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0], ends + 1])
+        starts = starts[starts < len(data)]
+        return starts[(data[starts] != ord("\n")) & (data[starts] != ord("\r"))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "root": self.root}
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def _fields(self, index: int) -> tuple[str, str]:
+        start = int(self._starts[index])
+        end = self._text.find(b"\n", start)
+        line = self._text[start : end if end >= 0 else len(self._text)]
+        try:
+            path, tab, label = line.decode("utf-8").rstrip("\r").partition("\t")
+        except UnicodeDecodeError as error:
+            raise DataError("line is not UTF-8") from error
+        if not tab:
+            raise DataError("line has no tab between path and label")
+        return path, label
+
+    def name(self, index: int) -> str:
+        try:
+            return self._fields(index)[0]
+        except DataError:
+            return f"{self.path.name} sample {index + 1}"
+
+    def label(self, index: int) -> str:
+        return self._fields(index)[1]
+
+    def image(self, index: int) -> Image.Image:
+        return decode(_read(self._inside_root(self._fields(index)[0])))
+
+    def _inside_root(self, name: str) -> Path:
+        path = self.root / name
+        if "\0" in name or ".." in Path(name).parts or Path(name).is_absolute():
+            raise DataError("image path leads out of the data root")
+        return path
+
+    def _files(self) -> list[tuple[str, Path]]:
+        named = []
+        for index in range(len(self)):
+            try:
+                name = self._fields(index)[0]
+                named.append((name, self._inside_root(name)))
+            except DataError:
+                continue  # Its line is in the label file's own digest; the check reports it.
+        return named
+
+    def content(self) -> list[tuple[str, int, int]]:
+        files = [(self.path.name, self.path), *self._files()]
+        return [(name, *_size_and_time(path)) for name, path in files]
+
+    def digest(self) -> str:
+        total = hashlib.sha256(self._text)
+        for name, path in self._files():
+            total.update(name.encode())
+            try:
+                total.update(hashlib.sha256(path.read_bytes()).digest())
+            except OSError:
+                total.update(b"unreadable")
+        return total.hexdigest()
+
+
+class Lmdb:
+    """An LMDB in the layout of most recognition data sets.
+
+    Keys: `num-samples`, and from 1 on `image-%09d` and `label-%09d`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "data.mdb").is_file():
+            raise DataError(f"no LMDB at {path} (a folder with data.mdb); set data.root")
+
+    @cached_property
+    def _environment(self) -> lmdb.Environment:
+        try:
+            return lmdb.open(
+                str(self.path), readonly=True, lock=False, readahead=False, max_readers=1024
+            )
+        except lmdb.Error as error:
+            raise DataError(f"LMDB at {self.path} cannot be opened: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def _get(self, key: str) -> bytes:
+        try:
+            with self._environment.begin() as transaction:
+                value = transaction.get(key.encode())
+        except lmdb.Error as error:
+            raise DataError(f"LMDB at {self.path} is damaged: {error}") from error
+        if value is None:
+            raise DataError(f"no key {key}")
+        return bytes(value)
+
+    @cached_property
+    def _count(self) -> int:
+        try:
+            return int(self._get("num-samples"))
+        except (DataError, ValueError) as error:
+            raise DataError(
+                f"LMDB at {self.path} has no usable key num-samples ({error})"
+            ) from error
+
+    def __len__(self) -> int:
+        return self._count
+
+    def name(self, index: int) -> str:
+        return f"image-{index + 1:09d}"
+
+    def label(self, index: int) -> str:
+        try:
+            return self._get(f"label-{index + 1:09d}").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError("label is not UTF-8") from error
+
+    def image(self, index: int) -> Image.Image:
+        return decode(self._get(self.name(index)))
+
+    def content(self) -> list[tuple[str, int, int]]:
+        return [(self.path.name, *_size_and_time(self.path / "data.mdb"))]
+
+    def digest(self) -> str:
+        with (self.path / "data.mdb").open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Rendered:
+    """Lines rendered from a seed."""
+
+    def __init__(self, count: int, seed: int, text: TextSettings) -> None:
+        self.count = count
+        self.seed = seed
+        self.text = text
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"rendered {self.seed}/{index}"
+
+    def label(self, index: int) -> str:
+        return render_label(self.seed, index, self.text)
+
+    def image(self, index: int) -> Image.Image:
+        return render_line(self.seed, index, self.text)[0]
+
+    def content(self) -> list[tuple[str, int, int]]:
+        return [(self.digest(), self.count, 0)]
+
+    def digest(self) -> str:
+        made_of = [VERSION, self.count, self.seed, self.text.model_dump()]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+class ImageFiles:
+    """Image files without labels."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+    def label(self, index: int) -> str:
+        return ""
+
+    def image(self, index: int) -> Image.Image:
+        return decode(_read(self.files[index]))
+
+    def content(self) -> list[tuple[str, int, int]]:
+        return [(self.name(i), *_size_and_time(path)) for i, path in enumerate(self.files)]
+
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for path in self.files:
+            total.update(hashlib.sha256(_read(path)).digest())
+        return total.hexdigest()
+
+
+def open_source(settings: DataSettings, split: str, seed: int) -> Source:
+    """Open the train or val split of the settings.
+
+    Args:
+        settings: A split that is a number is rendered, a folder is an LMDB, a file has labels.
+        split: "train" or "val".
+        seed: Of the experiment; the two rendered splits differ.
+    """
+    place = settings.train if split == "train" else settings.val
+    if isinstance(place, int):
+        return Rendered(place, 2 * seed + (split == "val"), settings.text)
+    root = Path(settings.root)
+    if not root.is_dir():
+        raise DataError(f"data.root {root} is no folder; set it with --set data.root=FOLDER")
+    if (root / place).is_dir():
+        return Lmdb(root / place)
+    return LabelFile(root / place, root)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read image file ({error.strerror})") from error
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, 0
+    return stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,37 @@
+"""The device to compute on, and the fast way to use it."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def best_device() -> torch.device:
+    """A CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """bfloat16 for convolutions where the device multiplies it in hardware.
+
+    Args:
+        device: Where the network is.
+        precision: "auto", or "float32" to switch it off.
+    """
+    enabled = precision == "auto" and has_bfloat16(device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 there, not merely emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def describe(device: torch.device) -> str:
+    """Name, threads and precision of the device, for the log."""
+    precision = "bfloat16" if has_bfloat16(device) else "float32"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {precision}"
+    threads = torch.get_num_threads()
+    return f"CPU with {threads} thread{'s' * (threads > 1)}, {precision}"

@@ -1,0 +1,21 @@
+"""Mistakes a user can mend. The command line shows them as one sentence and exits with code 2."""
+
+
+class UserError(Exception):
+    """The rule that was broken, the value that broke it, and the mend, in one sentence."""
+
+
+class SettingsError(UserError):
+    """An experiment file, an override or an option that cannot be used."""
+
+
+class DataError(UserError):
+    """Samples, label files or charsets that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or made for something else."""
+
+
+class NonFiniteLossError(UserError):
+    """Training met a loss that is infinite or not a number."""

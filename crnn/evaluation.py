@@ -1,0 +1,94 @@
+"""Reading lines with a network, and scoring what it read."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crnn.charset import Charset
+from crnn.data.batches import Batch, Lines, evaluation_batches, normalise
+from crnn.devices import autocast
+from crnn.metrics import ned, wilson_interval, word_accuracy
+from crnn.networks.recogniser import Recogniser
+
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a network made of a line.
+
+    Attributes:
+        index: Number of the sample in its source.
+        text: What was read.
+        label: What is written.
+        confidence: Product over the frames of the largest probability, in [0, 1].
+    """
+
+    index: int
+    text: str
+    label: str
+    confidence: float
+
+
+def frame_lengths(widths: Tensor, stride: int) -> Tensor:
+    """Frames that belong to lines of these widths (N,), in pixels: at least one."""
+    return (widths // stride).clamp(min=1)
+
+
+@torch.inference_mode()
+def read(
+    model: Recogniser, batches: Iterable[Batch], charset: Charset, precision: str = "float32"
+) -> list[Reading]:
+    """Read every line of the batches by greedy (best path) decoding."""
+    model.eval()
+    device = model.head.weight.device
+    readings = []
+    for batch in batches:
+        images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            logits = model(images)
+        best, classes = logits.log_softmax(2).max(2)  # (T, N) both
+        lengths = frame_lengths(batch.widths, model.stride).tolist()
+        rows = zip(
+            best.T.cpu(), classes.T.tolist(), lengths, batch.labels, batch.indices, strict=True
+        )
+        for scores, path, length, label, index in rows:
+            confidence = float(scores[:length].sum().exp())
+            readings.append(Reading(index, charset.decode(path[:length]), label, confidence))
+    return readings
+
+
+def score(readings: list[Reading], unseen: set[int]) -> dict[str, float]:
+    """Accuracy of readings, as logged under `val/`.
+
+    Args:
+        readings: One for each line.
+        unseen: Samples whose label does not occur in train.
+    """
+    texts, labels = [r.text for r in readings], [r.label for r in readings]
+    new = [r for r in readings if r.index in unseen]
+    accuracy = word_accuracy(texts, labels)
+    low, high = wilson_interval(accuracy, len(readings))
+    scores = {
+        "val/word_accuracy": accuracy,
+        "val/word_accuracy_low": low,
+        "val/word_accuracy_high": high,
+        "val/ned": ned(texts, labels),
+        "val/samples": float(len(readings)),
+        "val/samples_unseen": float(len(new)),
+    }
+    if new:
+        scores["val/word_accuracy_unseen"] = word_accuracy(
+            [r.text for r in new], [r.label for r in new]
+        )
+    return scores
+
+
+def evaluate(
+    model: Recogniser, lines: Lines, unseen: set[int], workers: int = 0, precision: str = "float32"
+) -> dict[str, float]:
+    """Score a network on every line."""
+    batches = evaluation_batches(lines, EVALUATION_BATCH, workers)
+    return score(read(model, batches, lines.charset, precision), unseen)

@@ -1,0 +1,41 @@
+"""Accuracy of read texts."""
+
+import math
+from collections.abc import Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+Z_95 = 1.959963984540054
+"""97.5% quantile of the standard normal distribution."""
+
+
+def word_accuracy(texts: Sequence[str], labels: Sequence[str]) -> float:
+    """Share of lines read without any error, in [0, 1]; nan of no lines."""
+    if not labels:
+        return math.nan
+    return sum(t == label for t, label in zip(texts, labels, strict=True)) / len(labels)
+
+
+def ned(texts: Sequence[str], labels: Sequence[str]) -> float:
+    """Mean of 1 - edit distance / length of the longer text, in [0, 1]; nan of no lines.
+
+    The normalised edit distance of ICDAR 2019 (arXiv:1909.07741); 1 is perfect. Two empty texts
+    count 1.
+    """
+    if not labels:
+        return math.nan
+    pairs = zip(texts, labels, strict=True)
+    return sum(Levenshtein.normalized_similarity(t, label) for t, label in pairs) / len(labels)
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95% score interval of a share seen in `count` trials (Wilson 1927); (0, 1) of no trials."""
+    if count == 0:
+        return 0.0, 1.0
+    centre = share + Z_95**2 / (2 * count)
+    spread = Z_95 * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
+    scale = 1 + Z_95**2 / count
+    # At shares of 0 and 1 one bound is the share itself; rounding must not push it past.
+    return max(0.0, min(share, (centre - spread) / scale)), min(
+        1.0, max(share, (centre + spread) / scale)
+    )

@@ -1,0 +1,1 @@
+"""Networks: backbones that turn a line image into a row of features, and the recogniser."""

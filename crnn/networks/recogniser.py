@@ -1,0 +1,46 @@
+"""The CRNN: a convolutional backbone, a bidirectional LSTM and a CTC head."""
+
+import torch
+from torch import Tensor, nn
+
+from crnn.networks.vgg import STRIDE, vgg13
+from crnn.settings import ModelSettings
+
+INITIAL_GAMMA = 0.5
+"""BatchNorm scale at the start (Liu et al. 2017, section 4.1)."""
+
+
+class Recogniser(nn.Module):
+    """CRNN of Shi et al. 2015 (arXiv:1507.05717): images to CTC logits.
+
+    Attributes:
+        cnn: Images (N, 3, 32, W) to features (N, C, 1, T), T = W // stride.
+        rnn: Two bidirectional LSTM layers over the T frames.
+        head: Features of a frame to K class logits; class 0 is the CTC blank.
+        stride: Pixels of image width for each frame.
+    """
+
+    def __init__(self, settings: ModelSettings, classes: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.classes = classes
+        self.stride = STRIDE
+        self.cnn, channels = vgg13(settings.width)
+        self.rnn = nn.LSTM(channels, settings.hidden, num_layers=2, bidirectional=True)
+        self.head = nn.Linear(2 * settings.hidden, classes)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, 32, W), float in [-1, 1], to logits (T, N, K), float32."""
+        features = self.cnn(images).squeeze(2).permute(2, 0, 1)  # (T, N, C)
+        with torch.autocast(features.device.type, enabled=False):
+            # Recurrent sums lose digits in bf16, and this part is a small share of the time.
+            frames, _ = self.rnn(features.to(self.head.weight.dtype))
+            return self.head(frames)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.constant_(module.weight, INITIAL_GAMMA)

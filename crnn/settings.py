@@ -1,0 +1,75 @@
+"""What can be set about data, the model and training. Frozen; unknown keys are refused.
+
+Every field here changes the result, so each is part of a stage's cache key. What does not
+(devices, loader workers, paths) is decided elsewhere.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PLAIN_ALPHABET = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
+"""Digits and capitals without I and O, which many fonts draw like 1 and 0."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and a mistyped key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextSettings(Settings):
+    """Rendered text: random strings over an alphabet."""
+
+    alphabet: Annotated[str, Field(min_length=1)] = PLAIN_ALPHABET
+    min_length: Annotated[int, Field(ge=1)] = 3
+    max_length: Annotated[int, Field(ge=1, le=40)] = 8
+
+
+class AugmentSettings(Settings):
+    """Probability of each change to a training image; 0 switches it off."""
+
+    affine: Share = 0.5
+    blur: Share = 0.2
+    noise: Share = 0.3
+    contrast: Share = 0.5
+    jpeg: Share = 0.2
+
+
+class DataSettings(Settings):
+    """Where the lines come from and how they become tensors.
+
+    train and val each name a label file (`path<TAB>label` lines), an LMDB folder, or, as a
+    number, how many lines to render. Names are relative to root.
+    """
+
+    root: str = "."
+    train: str | Annotated[int, Field(ge=1)]
+    val: str | Annotated[int, Field(ge=1)]
+    charset: str | None = None
+    text: TextSettings = TextSettings()
+    max_width: Annotated[int, Field(ge=32, le=2048)] = 320
+    on_bad_sample: Literal["refuse", "skip"] = "refuse"
+    augment: AugmentSettings = AugmentSettings()
+
+
+class ModelSettings(Settings):
+    """Architecture before any cut."""
+
+    backbone: Literal["vgg13"] = "vgg13"
+    width: Annotated[float, Field(gt=0, le=4)] = 1.0
+    hidden: Annotated[int, Field(ge=1, le=1024)] = 48
+
+
+class TrainSettings(Settings):
+    """One run of the training loop: AdamW on a one-cycle schedule."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    warmup: Share = 0.15
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    clip_norm: Annotated[float, Field(gt=0)] = 5.0
+    precision: Literal["auto", "float32"] = "auto"

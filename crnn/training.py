@@ -1,0 +1,178 @@
+"""The one training loop: baseline, sparse, fine-tune and controls differ by arguments alone."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crnn.data.batches import Batch, Lines, normalise, training_batches
+from crnn.devices import autocast
+from crnn.errors import NonFiniteLossError
+from crnn.evaluation import frame_lengths
+from crnn.networks.recogniser import Recogniser
+from crnn.settings import AugmentSettings, TrainSettings
+
+Progress = Callable[[int, int, float], None]
+
+
+class Penalty:
+    """What sparse training adds to the loop; this one adds nothing."""
+
+    def before_step(self, model: nn.Module, learning_rate: float, progress: float) -> None:
+        """Called when gradients are there, after clipping."""
+
+    def after_step(self, model: nn.Module, learning_rate: float, progress: float) -> None:
+        """Called when the optimizer has moved the weights; progress in (0, 1] of the stage."""
+
+
+@dataclass
+class Run:
+    """A training under way: what a checkpoint has to hold to go on from it.
+
+    Attributes:
+        model: The network.
+        optimizer: With its moments.
+        epoch: Number of epochs done.
+    """
+
+    model: Recogniser
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+
+
+def start(model: Recogniser, settings: TrainSettings) -> Run:
+    """A fresh run. BatchNorm scales and all biases are kept out of weight decay."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return Run(model, torch.optim.AdamW(groups, lr=settings.learning_rate))
+
+
+def learning_rate_at(progress: float, settings: TrainSettings) -> float:
+    """One-cycle schedule (Smith 2018, arXiv:1803.09820): cosine up, then cosine down to zero.
+
+    Args:
+        progress: Share of all steps done, in [0, 1].
+        settings: Largest rate and the share of the steps that rise to it.
+    """
+    if progress < settings.warmup:
+        phase = progress / settings.warmup
+        low = settings.learning_rate / 25
+        return low + (settings.learning_rate - low) * (1 - math.cos(math.pi * phase)) / 2
+    phase = (progress - settings.warmup) / max(1 - settings.warmup, 1e-9)
+    return settings.learning_rate * (1 + math.cos(math.pi * phase)) / 2
+
+
+def ctc_loss(logits: Tensor, batch: Batch, stride: int) -> Tensor:
+    """Mean over the lines of CTC loss / label length (Graves et al. 2006), nats.
+
+    Args:
+        logits: (T, N, K); frames past a line's own width are not looked at.
+        batch: Targets and widths of the N lines.
+        stride: Pixels for each frame.
+    """
+    return F.ctc_loss(
+        logits.log_softmax(2),
+        batch.targets.to(logits.device),
+        frame_lengths(batch.widths, stride),
+        batch.target_lengths,
+    )
+
+
+def fit(
+    run: Run,
+    lines: Lines,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    change: AugmentSettings | None,
+    penalty: Penalty | None = None,
+    workers: int = 0,
+    on_step: Progress | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> None:
+    """Train until settings.epochs are done, from wherever the run stands.
+
+    Args:
+        run: Changed in place; run.epoch is raised after each epoch, before on_epoch.
+        lines: Training samples.
+        settings: Schedule, batch size, precision.
+        seed: With the epoch it fixes order and augmentation.
+        change: Augmentation, or None.
+        penalty: Sparsity, or None.
+        workers: Loader processes; the result does not depend on them.
+        on_step: Called with (step in epoch, steps an epoch, loss).
+        on_epoch: Called with the epoch's metrics.
+
+    Raises:
+        NonFiniteLossError: The loss is infinite or nan; names the step and the samples.
+    """
+    device = run.model.head.weight.device
+    run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    penalty = penalty or Penalty()
+    while run.epoch < settings.epochs:
+        run.model.train()
+        begun, total = time.perf_counter(), 0.0
+        batches = training_batches(lines, settings.batch_size, change, seed, run.epoch, workers)
+        steps = len(batches)
+        for step, batch in enumerate(batches):
+            done = (run.epoch * steps + step) / (settings.epochs * steps)
+            rate = learning_rate_at(done, settings)
+            loss = _loss(run.model, batch, device, settings.precision)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise _non_finite(value, run.epoch, step, batch, lines)
+            _step(
+                run, loss, rate, settings.clip_norm, penalty, done + 1 / (settings.epochs * steps)
+            )
+            total += value * len(batch.labels)
+            if on_step:
+                on_step(step + 1, steps, value)
+        run.epoch += 1
+        seconds = time.perf_counter() - begun
+        if on_epoch:
+            on_epoch(
+                {
+                    "train/loss": total / len(lines),
+                    "train/learning_rate": rate,
+                    "train/lines_per_second": len(lines) / seconds,
+                    "train/seconds": seconds,
+                }
+            )
+
+
+def _loss(model: Recogniser, batch: Batch, device: torch.device, precision: str) -> Tensor:
+    images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
+    with autocast(device, precision):
+        logits = model(images)
+    return ctc_loss(logits, batch, model.stride)
+
+
+def _step(
+    run: Run, loss: Tensor, rate: float, clip_norm: float, penalty: Penalty, progress: float
+) -> None:
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), clip_norm)
+    penalty.before_step(run.model, rate, progress)
+    run.optimizer.step()
+    penalty.after_step(run.model, rate, progress)
+
+
+def _non_finite(
+    value: float, epoch: int, step: int, batch: Batch, lines: Lines
+) -> NonFiniteLossError:
+    names = ", ".join(lines.source.name(index) for index in batch.indices)
+    return NonFiniteLossError(
+        f"the loss became {value} in epoch {epoch + 1}, step {step + 1}; lower the learning rate,"
+        f" or look at the samples of that batch: {names}"
+    )

@@ -1,0 +1,1 @@
+"""The pipeline: experiment files, cached stages, tracking, the frontier, the command line."""

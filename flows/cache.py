@@ -1,0 +1,221 @@
+"""Finished stages on disk: keys, manifests, proof at a hit, and one computation at a time.
+
+A stage's result is a folder that appears by one rename, its manifest inside. A hit is believed
+only after every file has been hashed; what fails is set aside and computed again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from crnn.errors import UserError
+from crnn.files import sha256, sync_folder, write_atomic
+from flows import project
+
+MANIFEST = "manifest.json"
+POLL_SECONDS = 0.5
+
+
+class DamagedError(Exception):
+    """A finished stage whose files are not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline, as the five things its result is a function of.
+
+    Attributes:
+        name: Kind of stage: "baseline", "prune", ...
+        label: What a person calls this one: "prune 0.62".
+        settings: All that shapes the result, as JSON values.
+        inputs: Manifest of each upstream stage, by its name.
+        version: Raised when the code of the stage gives another result.
+    """
+
+    name: str
+    label: str
+    settings: dict[str, Any]
+    inputs: "dict[str, Manifest]"
+    version: int
+
+    @property
+    def key(self) -> str:
+        """Cache key; equal keys mean equal results. It contains no dots."""
+        identity = {
+            "stage": self.name,
+            "settings": self.settings,
+            "inputs": {name: manifest.digest for name, manifest in self.inputs.items()},
+            "version": self.version,
+        }
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return f"{self.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:20]}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage left, small enough to pass between tasks.
+
+    Attributes:
+        key: Cache key of the stage.
+        stage: Kind of stage.
+        label: What a person calls it.
+        result: Name of the file that later stages read; its SHA-256 enters their keys.
+        files: Size in bytes and SHA-256 of every file, by name.
+        metrics: Final figures.
+        settings: As in the stage.
+        inputs: Keys of the upstream stages.
+        run_id: MLflow run of the stage, or None where MLflow could not be reached.
+        seconds: Time it took, over all attempts.
+    """
+
+    key: str
+    stage: str
+    label: str
+    result: str
+    files: dict[str, dict[str, Any]]
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    run_id: str | None
+    seconds: float
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return project.stages_folder() / self.key
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the result file."""
+        return str(self.files[self.result]["sha256"])
+
+    def file(self, name: str) -> Path:
+        """Path of one of the files."""
+        return self.folder / name
+
+
+def find(key: str, log: Callable[[str], None]) -> Manifest | None:
+    """The manifest of a finished stage, proven by its files; None where there is none.
+
+    A damaged result is moved out of the way, and log is told which and why.
+    """
+    folder = project.stages_folder() / key
+    if not folder.is_dir():
+        return None
+    try:
+        return verified(folder)
+    except DamagedError as damage:
+        target = project.set_aside_folder() / f"{key}-{time.time_ns()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        log(f"{key}: {damage}; set aside as {target} and computed again")
+        return None
+
+
+def verified(folder: Path) -> Manifest:
+    """Read a manifest and hash every file it names.
+
+    Raises:
+        DamagedError: Anything missing, of another size or of other bytes.
+    """
+    try:
+        manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        recorded = manifest.files[manifest.result]["sha256"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"manifest unreadable ({type(error).__name__})") from error
+    if manifest.key != folder.name or not recorded:
+        raise DamagedError(f"manifest is of another stage ({manifest.key})")
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{name} is missing")
+        if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+            raise DamagedError(f"{name} has other bytes than its manifest says")
+    return manifest
+
+
+def publish(stage: Stage, folder: Path, outcome: dict[str, Any], run_id: str | None) -> Manifest:
+    """Turn a work folder's output into the stage's result, by one rename.
+
+    Args:
+        stage: The stage that was computed.
+        folder: Its output files.
+        outcome: `result`, `metrics` and `seconds` as the computation reported them.
+        run_id: MLflow run, or None.
+    """
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in names
+        if name != MANIFEST
+    }
+    manifest = Manifest(
+        key=stage.key,
+        stage=stage.name,
+        label=stage.label,
+        files=files,
+        settings=stage.settings,
+        inputs={name: upstream.key for name, upstream in stage.inputs.items()},
+        run_id=run_id,
+        **outcome,
+    )
+    write_atomic(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    target = project.stages_folder() / stage.key
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
+    return manifest
+
+
+@contextmanager
+def single_flight(
+    key: str, stopping: Callable[[], bool], log: Callable[[str], None]
+) -> Iterator[int]:
+    """Hold the key's lock; while another process holds it, wait and say for whom.
+
+    The lock is the kernel's (flock), so it ends with its holders whatever kills them. The child
+    that computes is given the descriptor and holds it too: the work folder never has two writers.
+    Works on local disks only.
+
+    Yields:
+        Descriptor of the locked file.
+    """
+    path = project.locks_folder() / f"{key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        told = False
+        while not _try_lock(descriptor):
+            if not told:
+                log(f"{key} is being computed by {_holder(descriptor)}; waiting for it")
+                told = True
+            if stopping():
+                raise UserError(f"stopped while waiting for {key}")
+            time.sleep(POLL_SECONDS)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"

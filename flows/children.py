@@ -1,0 +1,119 @@
+"""Running a stage in a process of its own, and stopping it.
+
+The child computes, the parent watches: it passes on progress, turns the child's refusal into the
+same exception here, and kills the child's whole process group when the pipeline stops. A child
+whose parent dies ends itself within a second.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crnn import errors
+from crnn.errors import UserError
+
+Event = dict[str, Any]
+
+_stop = threading.Event()
+
+
+class StoppedError(UserError):
+    """The pipeline was told to stop; finished epochs are kept."""
+
+
+class ChildDiedError(RuntimeError):
+    """A stage's process ended without a result or an explanation."""
+
+
+def stop() -> None:
+    """Tell every running child, and every wait, to end."""
+    _stop.set()
+
+
+def stopping() -> bool:
+    """Whether stop was called."""
+    return _stop.is_set()
+
+
+def restart() -> None:
+    """Allow children again; called when a pipeline begins."""
+    _stop.clear()
+
+
+def run_child(
+    job: dict[str, Any], folder: Path, lock: int, on_event: Callable[[Event], None]
+) -> dict[str, Any]:
+    """Run flows.worker on a job and return what it reports at the end.
+
+    Args:
+        job: As flows.worker expects it; written to job.json in the folder.
+        folder: The stage's work folder; standard error goes to worker.log there.
+        lock: Descriptor of the stage's lock, which the child holds as well.
+        on_event: Called with every progress event.
+
+    Raises:
+        UserError: What the child refused, in its words.
+        StoppedError: stop was called.
+        ChildDiedError: The child ended in any other way; names the log file.
+    """
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    threads = str(job["threads"])
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    with (folder / "worker.log").open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "flows.worker", str(folder / "job.json")],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+    watcher = threading.Thread(target=_kill_when_stopped, args=(child,), daemon=True)
+    watcher.start()
+    outcome: dict[str, Any] | None = None
+    try:
+        assert child.stdout
+        for line in child.stdout:
+            event = json.loads(line)
+            if event["event"] == "done":
+                outcome = event
+            elif event["event"] == "refused":
+                raise getattr(errors, event["kind"], UserError)(event["message"])
+            else:
+                on_event(event)
+    finally:
+        if outcome is None:
+            _kill(child)
+        child.wait()
+    if _stop.is_set() and outcome is None:
+        raise StoppedError(
+            f"stopped in {job['stage']}; finished epochs are kept, run again to go on"
+        )
+    if outcome is None:
+        raise ChildDiedError(
+            f"the process of stage {job['stage']} died with code {child.returncode};"
+            f" see {folder / 'worker.log'}; run again to go on from its last epoch"
+        )
+    return {name: outcome[name] for name in ("result", "metrics", "seconds")}
+
+
+def _kill_when_stopped(child: subprocess.Popen[bytes]) -> None:
+    while child.poll() is None:
+        if _stop.wait(0.2):
+            _kill(child)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child and its loader workers. Its files are safe at any instant."""
+    if child.poll() is None:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass

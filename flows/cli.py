@@ -1,0 +1,255 @@
+"""The command line. Heavy libraries are imported by the command that needs them."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crnn.errors import UserError
+
+if TYPE_CHECKING:
+    from flows.experiment import Experiment
+
+app = typer.Typer(
+    help="Make a CRNN text recogniser small by network slimming, as a cached pipeline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ParamsFile = Annotated[
+    Path, typer.Argument(help="Experiment file, such as params/quickstart.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value, in place of the file's.")
+]
+Ratios = Annotated[str | None, typer.Option(help="Prune ratios, such as 0.62,0.75.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def frontier(
+    params: ParamsFile, ratios: Ratios = None, set: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Run the pipeline over the prune ratios. What is cached is not computed again."""
+    experiment = _experiment(params, set, ratios)
+    from flows import display
+
+    _quiet_start()
+    from flows.pipeline import frontier as run
+
+    with display.live():
+        result = run(experiment)
+    folder = _reports(experiment)
+    if as_json:
+        _print_json(
+            {
+                "rows": result.rows,
+                "computed": result.computed,
+                "sweep_run": result.sweep_run,
+                "report": str(folder),
+            }
+        )
+        return
+    from flows import report
+
+    _print_table(
+        f"{experiment.name}: {int(result.rows[0]['val/samples'])} val lines",
+        *report.table_cells(result.rows),
+    )
+    counted = (
+        f"{len(result.computed)} stages computed" if result.computed else "everything was cached"
+    )
+    print(f"{counted}; tables and plots in {folder}; compare the runs with: crnn-slim ui")
+
+
+@app.command("check-data")
+def check_data(params: ParamsFile, set: Overrides = None, as_json: AsJson = False) -> None:
+    """Look at every sample as training would, and list what cannot be used."""
+    experiment = _experiment(params, set)
+    from flows.preview import check
+
+    counts, bad = check(experiment)
+    if as_json:
+        _print_json({"counts": counts, "bad": bad})
+    else:
+        for split, numbers in counts.items():
+            print(f"{split}: {numbers['total']} samples, {numbers['usable']} usable")
+        for sample in bad:
+            print(f"  {sample['split']} {sample['name']}: {sample['reason']} ({sample['detail']})")
+    if bad:
+        raise typer.Exit(2)
+
+
+@app.command()
+def preview(
+    params: ParamsFile, ratios: Ratios = None, set: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Show what each ratio would keep, from the cached sparse checkpoint, without training."""
+    experiment = _experiment(params, set, ratios)
+    from flows.preview import preview as look
+
+    cuts = look(experiment)
+    if as_json:
+        _print_json(cuts)
+        return
+    header = ["ratio", "channels cut", "params", "MACs", "size", "kept by layer"]
+    _print_table(
+        f"{experiment.name}: cuts of the sparse network",
+        header,
+        [
+            [
+                f"{c['ratio']:g}",
+                f"{100 * c['ratio_achieved']:.1f}%",
+                f"{c['params'] / 1e6:.3f} M",
+                f"{c['macs'] / 1e6:.1f} M",
+                f"{c['bytes'] / 1e6:.2f} MB",
+                " ".join(map(str, c["widths"])),
+            ]
+            for c in cuts
+        ],
+    )
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Checkpoint file, or an MLflow URI (runs:/...).")],
+    images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read text from images: one line each with path, text and confidence."""
+    from flows.predict import predict as read
+
+    readings, failures = read(model, images)
+    if as_json:
+        _print_json({"readings": readings, "failures": failures})
+    else:
+        for reading in readings:
+            print(f"{reading['image']}\t{reading['text']}\t{reading['confidence']:.4f}")
+    for failure in failures:
+        print(f"not read: {failure['image']}: {failure['reason']}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(2)
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
+    """Serve MLflow's UI on the project's runs, on this machine alone."""
+    from flows import project
+
+    project.configure_environment()
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    if not _port_is_free(port):
+        raise UserError(f"port {port} is taken; choose another with --port")
+    print(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--backend-store-uri",
+        store,
+        "--workers",
+        "1",
+    ]
+    os.execv(sys.executable, command)
+
+
+def _experiment(
+    params: Path, overrides: list[str] | None, ratios: str | None = None
+) -> "Experiment":
+    from flows.experiment import load_experiment
+
+    return load_experiment(params, overrides or [], _numbers(ratios))
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--ratios takes numbers with commas, such as 0.62,0.75; not {text!r}"
+        ) from error
+
+
+def _reports(experiment: "Experiment") -> Path:
+    from flows import project
+
+    folder = project.reports_folder() / experiment.name
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def _quiet_start() -> None:
+    """Settle the environment, then import MLflow beside Prefect's slow start."""
+    from flows import project
+
+    project.configure_environment()
+
+
+def _port_is_free(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, justify="left" if name in ("point", "kept by layer") else "right")
+    for line in cells:
+        table.add_row(*line)
+    console = Console()
+    # Into a file or a pipe the whole table goes, not what 80 columns hold of it.
+    console.print(table) if console.is_terminal else Console(width=180).print(table)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        _fail(
+            "interrupted; finished stages and epochs are kept, run the same command to go on", 130
+        )
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, UserError):
+            _fail(str(error), 2)
+        if isinstance(error, OSError):
+            _fail(
+                f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''};"
+                " finished stages and epochs are kept",
+                2,
+            )
+        _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"crnn-slim: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

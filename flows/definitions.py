@@ -1,0 +1,103 @@
+"""The stages of an experiment, each as a function of what is upstream of it.
+
+Used by the pipeline, which computes them, and by the preview, which only looks them up.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from crnn.charset import Charset
+from crnn.data.sources import open_source
+from crnn.files import write_atomic
+from flows import project
+from flows.cache import Manifest, Stage
+from flows.experiment import Experiment
+
+VERSIONS = {"data": 1, "baseline": 1, "sparse": 1, "prune": 1, "finetune": 1, "measure": 1}
+"""Raise a stage's number when a change of its code changes its result."""
+
+
+def data_stage(experiment: Experiment) -> Stage:
+    """Check and index of the samples. Its identity is their content, not their place."""
+    settings = experiment.data
+    charset = (
+        Charset.load(Path(settings.root) / settings.charset).characters if settings.charset else ""
+    )
+    content = {
+        "fingerprint": fingerprint(experiment),
+        "charset": charset,
+        "max_width": settings.max_width,
+        "on_bad_sample": settings.on_bad_sample,
+    }
+    return Stage("data", "data", content, {}, VERSIONS["data"])
+
+
+def baseline_stage(experiment: Experiment, data: Manifest) -> Stage:
+    """The uncut network, trained from scratch."""
+    settings = {**_training(experiment), "train": _dump(experiment.baseline)}
+    settings["model"] = _dump(experiment.model)
+    return Stage("baseline", "baseline", settings, {"data": data}, VERSIONS["baseline"])
+
+
+def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> Stage:
+    """The uncut network under a sparsity penalty. One serves every ratio."""
+    settings = {**_training(experiment), "train": _dump(experiment.sparse)}
+    inputs = {"data": data}
+    if experiment.sparse.from_baseline:
+        inputs["baseline"] = baseline
+    else:
+        settings["model"] = _dump(experiment.model)
+    return Stage("sparse", "sparse", settings, inputs, VERSIONS["sparse"])
+
+
+def prune_stage(experiment: Experiment, data: Manifest, sparse: Manifest, ratio: float) -> Stage:
+    """The network with the channels of one ratio cut out."""
+    settings = {"prune": _dump(experiment.prune), "ratio": ratio}
+    inputs = {"data": data, "sparse": sparse}
+    return Stage("prune", f"prune {ratio:g}", settings, inputs, VERSIONS["prune"])
+
+
+def finetune_stage(experiment: Experiment, data: Manifest, pruned: Manifest, ratio: float) -> Stage:
+    """The cut network, trained on."""
+    settings = {**_training(experiment), "train": _dump(experiment.finetune)}
+    inputs = {"data": data, "prune": pruned}
+    return Stage("finetune", f"finetune {ratio:g}", settings, inputs, VERSIONS["finetune"])
+
+
+def measure_stage(model: Manifest) -> Stage:
+    """Cost of a network."""
+    return Stage("measure", f"measure {model.label}", {}, {"model": model}, VERSIONS["measure"])
+
+
+def _training(experiment: Experiment) -> dict[str, Any]:
+    """What shapes every training besides its own section."""
+    return {"seed": experiment.seed, "augment": _dump(experiment.data.augment)}
+
+
+def _dump(settings: Any) -> dict[str, Any]:
+    dumped: dict[str, Any] = settings.model_dump(mode="json")
+    return dumped
+
+
+def fingerprint(experiment: Experiment) -> str:
+    """SHA-256 over labels and images of both splits.
+
+    Memoised by name, size and modification time of every file, so that unchanged data is not
+    read again.
+    """
+    sources = [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
+    place = str(Path(experiment.data.root).resolve())
+    state = _digest([place, *(source.content() for source in sources)])
+    memo = project.home() / "fingerprints" / f"{state}.json"
+    try:
+        return str(json.loads(memo.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        digest = _digest([source.digest() for source in sources])
+        write_atomic(memo, json.dumps(digest).encode())
+        return digest
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,85 @@
+"""Progress on the terminal: a bar for each running stage, a line for each finished epoch.
+
+Everything goes to standard error; standard output is left to results. Without a terminal only
+the lines are printed.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_bars = Progress(
+    TextColumn("{task.description:<14}"),
+    BarColumn(bar_width=24),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[phase]}"),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(elapsed_when_finished=False),
+    console=console,
+)
+_tasks: dict[str, TaskID] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def live() -> Iterator[None]:
+    """Show bars while the block runs, where standard error is a terminal."""
+    if not console.is_terminal:
+        yield
+        return
+    with _bars:
+        yield
+
+
+def say(message: str) -> None:
+    """Print one line above the bars."""
+    console.print(message, markup=False)
+
+
+def show(label: str, event: dict[str, Any]) -> None:
+    """Show a progress event of a stage."""
+    if event["event"] == "step":
+        with _lock:
+            if label not in _tasks:
+                # Steps of earlier attempts took no time here: the estimate starts from now.
+                _tasks[label] = _bars.add_task(label, total=event["steps"], phase="")
+            loss = f" loss {event['loss']:.3f}" if "loss" in event else ""
+            _bars.update(
+                _tasks[label],
+                completed=event["step"],
+                total=event["steps"],
+                phase=event["phase"] + loss,
+            )
+    elif event["event"] == "epoch":
+        say(
+            f"{label}: epoch {event['epoch']}/{event['epochs']}"
+            f"  loss {event['train/loss']:.4f}"
+            f"  word accuracy {100 * event['val/word_accuracy']:.1f}%"
+            f"  NED {event['val/ned']:.4f}"
+            f"  gamma near zero {100 * event['gamma/share_near_zero']:.0f}%"
+            f"  {event['train/lines_per_second']:.0f} lines/s"
+        )
+    elif event["event"] == "begin" and event["epoch"]:
+        say(f"{label}: goes on after epoch {event['epoch']} of {event['epochs']}")
+
+
+def end(label: str) -> None:
+    """Remove a stage's bar."""
+    with _lock:
+        if label in _tasks:
+            _bars.remove_task(_tasks.pop(label))

@@ -1,0 +1,147 @@
+"""Experiment files: one YAML is the whole definition of an experiment."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from crnn.errors import SettingsError
+from crnn.settings import DataSettings, ModelSettings, Settings, TrainSettings
+from pruning.settings import PruneSettings, SparseSettings
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ExecutionSettings(Settings):
+    """How to use the machine. Nothing here changes a result beyond rounding, or a cache key."""
+
+    parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+
+
+class Experiment(Settings):
+    """Everything that defines a frontier.
+
+    Attributes:
+        name: Of the MLflow experiment.
+        seed: Of initial weights, data order, augmentation and rendered text.
+        ratios: Shares of the channels to remove, one point of the frontier each.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
+    data: DataSettings
+    model: ModelSettings = ModelSettings()
+    baseline: TrainSettings
+    sparse: SparseSettings
+    prune: PruneSettings = PruneSettings()
+    finetune: TrainSettings
+    execution: ExecutionSettings = ExecutionSettings()
+
+    @field_validator("ratios")
+    @classmethod
+    def _sorted_basis_points(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        for ratio in ratios:
+            if abs(ratio * 10_000 - round(ratio * 10_000)) > 1e-6:
+                raise ValueError(f"a ratio has at most four decimals; {ratio} has more")
+        return tuple(sorted(set(ratios)))
+
+
+def load_experiment(
+    path: Path, overrides: Sequence[str] = (), ratios: Sequence[float] | None = None
+) -> Experiment:
+    """Read an experiment file.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value`, the value as YAML.
+        ratios: In place of the file's.
+
+    Raises:
+        SettingsError: No such file, not YAML, a key that does not exist, a value out of range.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise SettingsError(f"cannot read params file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"params file {path} is not UTF-8") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"params file {path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise SettingsError(f"params file {path} must hold sections like `data:`, not {tree!r}")
+    for override in overrides:
+        _set(tree, override)
+    if ratios is not None:
+        tree["ratios"] = list(ratios)
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {_explain(error.errors()[0])}") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML, where a key given twice is an error instead of a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed in a params file")
+        return super().compose_node(parent, index)
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise SettingsError(f"--set takes section.key=value; {override!r} has no '='")
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise SettingsError(f"--set {override}: {section!r} is a value, not a section")
+    try:
+        tree[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override}: the value is not YAML") from error
+
+
+def _explain(error: ErrorDetails) -> str:
+    """One sentence with the rule, the value and, for a mistyped key, the nearest known one."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0)
+        return (
+            f"unknown key {where!r}; did you mean {near[0]!r}?"
+            if near
+            else f"unknown key {where!r}"
+        )
+    if error["type"] == "missing":
+        return f"key {where!r} is needed; add it to the file or with --set {where}=..."
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Experiment
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return []
+        candidates = [field.annotation, *get_args(field.annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,278 @@
+"""The Prefect flow: stages chained, cached, computed once, and swept over prune ratios."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import cache, children, definitions, display, project, report
+from flows.cache import Manifest, Stage
+from flows.experiment import Experiment
+from flows.tracking import Tracker
+
+UI = "http://127.0.0.1:5000"
+"""Where `crnn-slim ui` serves MLflow."""
+
+MAX_THREADS = 64
+"""Tasks that wait at once; how many of them train at once is parallel_finetunes."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of one flow run shares.
+
+    Attributes:
+        experiment: Its definition.
+        tracker: MLflow.
+        seats: Held while a fine-tune computes; there are as many as may run side by side.
+        computed: Labels of the stages that were computed, the others came from the cache.
+    """
+
+    experiment: Experiment
+    tracker: Tracker
+    seats: threading.Semaphore
+    computed: list[str]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A finished sweep.
+
+    Attributes:
+        rows: The baseline and one row for each ratio.
+        computed: Labels of the stages that had to be computed.
+        sweep_run: MLflow run of the sweep, or None where MLflow could not be reached.
+    """
+
+    rows: list[report.Row]
+    computed: list[str]
+    sweep_run: str | None
+
+
+def parallel_finetunes(experiment: Experiment) -> int:
+    """How many cut networks are trained side by side.
+
+    A small network cannot keep several cores busy, so each gets a quarter of the machine. With
+    a GPU one at a time: that is faster than sharing it.
+    """
+    if experiment.execution.parallel != "auto":
+        return experiment.execution.parallel
+    return 1 if shutil.which("nvidia-smi") else min(4, os.cpu_count() or 1)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="data")
+def data(context: Context) -> State[Manifest]:
+    """Check and index the samples."""
+    return run_stage(context, definitions.data_stage(context.experiment))
+
+
+@task(cache_policy=NO_CACHE, task_run_name="baseline")
+def baseline(context: Context, samples: Manifest) -> State[Manifest]:
+    """Train the uncut network."""
+    return run_stage(context, definitions.baseline_stage(context.experiment, samples))
+
+
+@task(cache_policy=NO_CACHE, task_run_name="sparse")
+def sparse(context: Context, samples: Manifest, uncut: Manifest) -> State[Manifest]:
+    """Train with the sparsity penalty."""
+    return run_stage(context, definitions.sparse_stage(context.experiment, samples, uncut))
+
+
+@task(cache_policy=NO_CACHE, task_run_name="prune {ratio}")
+def prune(context: Context, samples: Manifest, thin: Manifest, ratio: float) -> State[Manifest]:
+    """Cut the channels of one ratio."""
+    stage = definitions.prune_stage(context.experiment, samples, thin, ratio)
+    with context.seats:
+        return run_stage(context, stage, parallel_finetunes(context.experiment))
+
+
+@task(cache_policy=NO_CACHE, task_run_name="finetune {ratio}")
+def finetune(
+    context: Context, samples: Manifest, pruned: Manifest, ratio: float
+) -> State[Manifest]:
+    """Train the cut network on."""
+    stage = definitions.finetune_stage(context.experiment, samples, pruned, ratio)
+    with context.seats:
+        return run_stage(context, stage, parallel_finetunes(context.experiment))
+
+
+@task(cache_policy=NO_CACHE, task_run_name="measure {model.label}")
+def measure(context: Context, model: Manifest) -> State[Manifest]:
+    """Parameters, multiply-adds, bytes, latency."""
+    return run_stage(context, definitions.measure_stage(model))
+
+
+@flow(
+    flow_run_name="{experiment.name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=MAX_THREADS),  # type: ignore[arg-type]
+    validate_parameters=False,
+)
+def frontier(experiment: Experiment) -> Frontier:
+    """Sweep the prune ratios of an experiment. What is cached is not computed again.
+
+    Args:
+        experiment: Its whole definition.
+
+    Raises:
+        UserError: A mistake in the data or the settings.
+    """
+    children.restart()
+    seats = threading.Semaphore(parallel_finetunes(experiment))
+    context = Context(experiment, Tracker(experiment.name, display.say), seats, [])
+    try:
+        return _sweep(context)
+    except BaseException:
+        # Before the task runner waits for its threads, which wait for their processes.
+        children.stop()
+        raise
+
+
+def _sweep(context: Context) -> Frontier:
+    experiment = context.experiment
+    samples = data.submit(context)
+    uncut = baseline.submit(context, samples)
+    thin = sparse.submit(context, samples, uncut)
+    futures = []
+    for ratio in experiment.ratios:
+        pruned = prune.submit(context, samples, thin, ratio)
+        futures.append((ratio, pruned, finetune.submit(context, samples, pruned, ratio)))
+    tuned = [(ratio, p.result(), f.result()) for ratio, p, f in futures]
+    # Latency needs a quiet machine: one network after another, when nothing trains any more.
+    cost = measure.submit(context, uncut).result()
+    rows = [_row("baseline", uncut.result(), cost, {"baseline": uncut.result()})]
+    for ratio, pruned, model in tuned:
+        stages = {"sparse": thin.result(), "prune": pruned, "finetune": model}
+        cost = measure.submit(context, model).result()
+        rows.append(_row(f"{ratio:g}", model, cost, stages))
+    report.mark_pareto(rows)
+    return _publish(context, rows)
+
+
+def _row(point: str, model: Manifest, cost: Manifest, stages: dict[str, Manifest]) -> report.Row:
+    """One point of the frontier: what was cut, what it reads, what it costs."""
+    pruned = stages.get("prune")
+    cut = {
+        "prune/ratio_requested": 0.0,
+        "prune/ratio_achieved": 0.0,
+        **({} if pruned is None else _cut_figures(pruned)),
+    }
+    scores = {name: value for name, value in model.metrics.items() if name.startswith("val/")}
+    keys = {name: manifest.key for name, manifest in {**stages, "measure": cost}.items()}
+    return {"point": point, **cut, **scores, **cost.metrics, "stages": keys}
+
+
+def _cut_figures(pruned: Manifest) -> dict[str, float]:
+    figures = {n: v for n, v in pruned.metrics.items() if n.startswith("prune/")}
+    return {**figures, "prune/word_accuracy_untuned": pruned.metrics[report.ACCURACY]}
+
+
+def _publish(context: Context, rows: list[report.Row]) -> Frontier:
+    """Write the report, record the sweep in MLflow, and show the table in Prefect."""
+    experiment = context.experiment
+    folder = project.reports_folder() / experiment.name
+    report.write_report(folder, experiment.name, rows)
+    key = hashlib.sha256(json.dumps([row["stages"] for row in rows]).encode()).hexdigest()[:20]
+    name = f"{experiment.name} {rows[1]['point']} to {rows[-1]['point']}"
+    params = experiment.model_dump(mode="json", exclude={"execution"})
+    sweep_run = context.tracker.sweep(name, f"sweep-{key}", rows, params, folder)
+    header, cells = report.table_cells(rows)
+    create_table_artifact(
+        [dict(zip(header, line, strict=True)) for line in cells],
+        key=f"frontier-{experiment.name.lower().replace('_', '-')}",
+        description=_links(context.tracker, rows, sweep_run),
+    )
+    return Frontier(rows, context.computed, sweep_run)
+
+
+def _links(tracker: Tracker, rows: list[report.Row], sweep_run: str | None) -> str:
+    """Markdown list of the MLflow runs behind a frontier."""
+    server = os.environ["MLFLOW_TRACKING_URI"]
+    address = server if server.startswith("http") else UI
+    runs = {"sweep": sweep_run}
+    for row in rows:
+        runs |= {f"{stage} {row['point']}": tracker.run_of(k) for stage, k in row["stages"].items()}
+    experiment = f"{address}/#/experiments/{tracker.experiment_id}"
+    links = [f"- [{name}]({experiment}/runs/{run})" for name, run in runs.items() if run]
+    return "\n".join(["MLflow runs (`crnn-slim ui` serves them):", *links])
+
+
+def run_stage(context: Context, stage: Stage, share: int = 1) -> State[Manifest]:
+    """Find a stage's result, or compute it in a process of its own.
+
+    Args:
+        context: Of the flow run.
+        stage: What to compute.
+        share: The process gets this fraction of the machine's cores, 1 / share.
+
+    Returns:
+        A completed state that holds the manifest; its name is "Cached" where nothing was computed.
+    """
+    logger = get_run_logger()
+
+    def log(message: str) -> None:
+        logger.warning(message)
+        display.say(message)
+
+    with cache.single_flight(stage.key, children.stopping, log) as lock:
+        manifest = cache.find(stage.key, log)
+        cached = manifest is not None
+        if manifest is None:
+            manifest = _compute(context, stage, share, lock)
+    context.tracker.finish(manifest)
+    if cached:
+        display.say(f"{stage.label}: cached")
+        return Completed(name="Cached", message=f"verified {stage.key}", data=manifest)
+    context.computed.append(stage.label)
+    display.say(f"{stage.label}: done in {manifest.seconds:.0f} s")
+    return Completed(message=stage.key, data=manifest)
+
+
+def _compute(context: Context, stage: Stage, share: int, lock: int) -> Manifest:
+    folder = project.work_folder() / stage.key
+    folder.mkdir(parents=True, exist_ok=True)
+    run_id = context.tracker.begin(stage)
+
+    def on_event(event: children.Event) -> None:
+        display.show(stage.label, event)
+        if event["event"] == "epoch":
+            context.tracker.epochs(run_id, folder / "out")
+
+    try:
+        job = _job(context.experiment, stage, share, folder)
+        outcome = children.run_child(job, folder, lock, on_event)
+    except BaseException as error:
+        stopped = isinstance(error, children.StoppedError)
+        context.tracker.interrupt(run_id, "KILLED" if stopped else "FAILED")
+        raise
+    finally:
+        display.end(stage.label)
+    return cache.publish(stage, folder / "out", outcome, run_id)
+
+
+def _job(experiment: Experiment, stage: Stage, share: int, folder: Path) -> dict[str, Any]:
+    """All a stage's process is told: settings, upstream files, and how to use the machine."""
+    cpus = os.cpu_count() or 1
+    workers = experiment.execution.loader_workers
+    # One worker keeps up with two cores that train; more would take the cores from training.
+    automatic = 0 if share > 1 else max(1, min(8, cpus // 2))
+    return {
+        "stage": stage.name,
+        "settings": stage.settings,
+        "data": experiment.data.model_dump(mode="json"),
+        "seed": experiment.seed,
+        "inputs": {n: str(m.file(m.result).resolve()) for n, m in stage.inputs.items()},
+        "folder": str(folder),
+        "threads": max(1, cpus // share),
+        "loader_workers": automatic if workers == "auto" else workers,
+        "parent": os.getpid(),
+    }

@@ -1,0 +1,69 @@
+"""Where state lives, and what Prefect and MLflow are told before they are imported."""
+
+import os
+import subprocess
+from pathlib import Path
+
+
+def home() -> Path:
+    """The state folder: $CRNN_SLIM_HOME, or .pipeline in the current folder."""
+    return Path(os.environ.get("CRNN_SLIM_HOME", ".pipeline")).resolve()
+
+
+def stages_folder() -> Path:
+    """Finished stages, one folder a key."""
+    return home() / "stages"
+
+
+def work_folder() -> Path:
+    """Stages under way, one folder a key."""
+    return home() / "work"
+
+
+def locks_folder() -> Path:
+    """One lock file a stage key."""
+    return home() / "locks"
+
+
+def set_aside_folder() -> Path:
+    """Damaged results, kept for whoever wants to know what happened."""
+    return home() / "set-aside"
+
+
+def reports_folder() -> Path:
+    """Frontier tables and plots, one folder an experiment."""
+    return home() / "reports"
+
+
+def configure_environment() -> None:
+    """Point Prefect and MLflow at the state folder. What the user has set already wins.
+
+    Both read the environment when they are imported, so this comes first.
+    """
+    root = home()
+    (root / "mlflow").mkdir(parents=True, exist_ok=True)
+    defaults = {
+        "PREFECT_HOME": str(root / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # A fresh database takes 13 s on a small machine; the default of 20 s is too near.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        # Records go to the Prefect UI; the terminal belongs to our own progress lines.
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow' / 'mlflow.db'}",
+        # Stages never wait for MLflow: what could not be logged is logged later.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def git_commit() -> str:
+    """Commit of the code that runs, or "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,191 @@
+"""The frontier as table and plot."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crnn.files import write_atomic
+
+AXES = {
+    "cost/params_total": "parameters",
+    "cost/bytes": "bytes on disk",
+    "cost/macs": "multiply-adds of one line of 32 x 128 px",
+    "cost/latency_ms": "latency of one line on one CPU thread, ms",
+}
+ACCURACY = "val/word_accuracy"
+
+Row = dict[str, Any]
+
+
+def mark_pareto(rows: Sequence[Row], cost: str = "cost/params_total") -> None:
+    """Set row["pareto"]: no other row is at least as good in both figures and better in one."""
+    for row in rows:
+        row["pareto"] = not any(
+            other[cost] <= row[cost]
+            and other[ACCURACY] >= row[ACCURACY]
+            and (other[cost] < row[cost] or other[ACCURACY] > row[ACCURACY])
+            for other in rows
+        )
+
+
+def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
+    """Write frontier.csv, .json, .png and .html; nothing where they show these rows already."""
+    data = json.dumps(rows, indent=1).encode()
+    target = folder / "frontier.json"
+    if target.exists() and target.read_bytes() == data:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "frontier.csv", _csv(rows))
+    write_atomic(folder / "frontier.png", _png(title, rows))
+    write_atomic(folder / "frontier.html", _html(title, rows))
+    write_atomic(target, data)
+
+
+def _csv(rows: Sequence[Row]) -> bytes:
+    names = [name for name in rows[0] if name != "stages"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _png(title: str, rows: Sequence[Row]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    for axes, (cost, name) in zip(figure.subplots(2, 2).flat, AXES.items(), strict=True):
+        for row in rows:
+            low, high = row[f"{ACCURACY}_low"], row[f"{ACCURACY}_high"]
+            value = row[ACCURACY]
+            is_baseline = row["point"] == "baseline"
+            axes.errorbar(
+                row[cost],
+                100 * value,
+                yerr=[[100 * (value - low)], [100 * (high - value)]],
+                fmt="s" if is_baseline else "o",
+                color="tab:red" if is_baseline else "tab:blue",
+                mfc=None if row["pareto"] else "white",
+                capsize=3,
+                lw=1,
+            )
+            axes.annotate(
+                row["point"], (row[cost], 100 * value), (5, 5), textcoords="offset points"
+            )
+        best = sorted((r for r in rows if r["pareto"]), key=lambda r: r[cost])
+        axes.plot(
+            [r[cost] for r in best], [100 * r[ACCURACY] for r in best], "--", color="grey", lw=1
+        )
+        axes.set(xscale="log", xlabel=name, ylabel="word accuracy, %")
+        axes.grid(alpha=0.3, which="both")
+    samples = int(rows[0]["val/samples"])
+    figure.suptitle(
+        f"{title}: {samples} val lines, 95% intervals; filled: Pareto set of parameters"
+    )
+    return _figure_bytes(figure)
+
+
+def _figure_bytes(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _html(title: str, rows: Sequence[Row]) -> bytes:
+    import plotly.graph_objects as go
+
+    def x(cost: str) -> list[float]:
+        return [row[cost] for row in rows]
+
+    accuracy = [100 * row[ACCURACY] for row in rows]
+    figure = go.Figure(
+        go.Scatter(
+            x=x("cost/params_total"),
+            y=accuracy,
+            text=[row["point"] for row in rows],
+            mode="markers+text",
+            textposition="top center",
+            error_y={
+                "array": [100 * (r[f"{ACCURACY}_high"] - r[ACCURACY]) for r in rows],
+                "arrayminus": [100 * (r[ACCURACY] - r[f"{ACCURACY}_low"]) for r in rows],
+            },
+            marker={
+                "size": 11,
+                "symbol": ["square" if r["point"] == "baseline" else "circle" for r in rows],
+                "color": ["#d62728" if r["pareto"] else "#9aa5b1" for r in rows],
+            },
+        )
+    )
+    buttons = [
+        {"label": name, "method": "update", "args": [{"x": [x(cost)]}, {"xaxis.title.text": name}]}
+        for cost, name in AXES.items()
+    ]
+    figure.update_layout(
+        title=f"{title} (red: Pareto set; square: baseline)",
+        xaxis={"title": {"text": AXES["cost/params_total"]}, "type": "log"},
+        yaxis={"title": {"text": "word accuracy, %"}},
+        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12}],
+    )
+    page: str = figure.to_html(include_plotlyjs=True)
+    return page.encode()
+
+
+def gamma_histograms(layers: dict[str, np.ndarray], title: str) -> np.ndarray:
+    """Histogram of |gamma| of each layer, (H, W, 3) uint8; fixed axes, so that runs compare."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    edges = np.linspace(0, 1, 41)
+    shares = [np.histogram(g.clip(0, 1), edges)[0] / len(g) for g in layers.values()]
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(layers) + 1), shares, vmin=0, vmax=0.5, cmap="viridis"
+    )
+    axes.set(xlabel="|gamma|, 1 and above in the last bin", title=title)
+    axes.set_yticks(np.arange(len(layers)) + 0.5, list(layers))
+    axes.invert_yaxis()
+    figure.colorbar(mesh, label="share of the layer's channels")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the frontier as a person reads it."""
+    header = [
+        "point",
+        "channels cut",
+        "word accuracy (95%)",
+        "unseen labels",
+        "NED",
+        "params",
+        "MACs",
+        "size",
+        "latency",
+        "Pareto",
+    ]
+    cells = []
+    for row in rows:
+        unseen = row.get(f"{ACCURACY}_unseen")
+        low, high = row[f"{ACCURACY}_low"], row[f"{ACCURACY}_high"]
+        cells.append(
+            [
+                row["point"],
+                f"{100 * row['prune/ratio_achieved']:.1f}%",
+                f"{100 * row[ACCURACY]:.1f}% ({100 * low:.1f} to {100 * high:.1f})",
+                "-" if unseen is None else f"{100 * unseen:.1f}%",
+                f"{row['val/ned']:.4f}",
+                f"{row['cost/params_total'] / 1e6:.3f} M",
+                f"{row['cost/macs'] / 1e6:.1f} M",
+                f"{row['cost/bytes'] / 1e6:.2f} MB",
+                f"{row['cost/latency_ms']:.2f} ms",
+                "yes" if row["pareto"] else "",
+            ]
+        )
+    return header, cells

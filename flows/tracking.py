@@ -1,0 +1,235 @@
+"""MLflow: one canonical run for each stage, one run for each sweep, one for each of its points.
+
+Runs are projections of results on disk, found by tags, so that recording twice changes nothing
+and what an outage kept from being recorded is recorded the next time the stage is met.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from flows import project
+from flows.cache import Manifest, Stage, single_flight
+
+HISTORY = "history.jsonl"
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+class Tracker:
+    """Records of one experiment. Every method survives an MLflow that cannot be reached.
+
+    Attributes:
+        experiment_id: MLflow experiment, or None while MLflow cannot be reached.
+    """
+
+    def __init__(self, experiment: str, warn: Callable[[str], None]) -> None:
+        self._name = experiment
+        self._warn = warn
+        self._warned = False
+        self._lock = threading.RLock()
+        self._recorded: dict[str, str] = {}
+        self.experiment_id: str | None = None
+        self._try(self._connect)
+
+    def _connect(self) -> None:
+        # Processes that create the same fresh SQLite store at once collide.
+        with single_flight("mlflow-store", lambda: False, lambda _: None):
+            self._client = MlflowClient()
+            found = self._client.get_experiment_by_name(self._name)
+            if found is None:
+                folder = project.home() / "mlflow" / "artifacts" / self._name
+                local = mlflow.get_tracking_uri().startswith("sqlite")
+                location = folder.as_uri() if local else None
+                self.experiment_id = self._client.create_experiment(self._name, location)
+            else:
+                self.experiment_id = found.experiment_id
+        for run in self._search("tags.kind = 'stage' and attributes.status = 'FINISHED'"):
+            self._recorded[run.data.tags["stage_key"]] = run.info.run_id
+
+    def _try(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        with self._lock:
+            try:
+                return action(*arguments)
+            except (MlflowException, OSError) as error:
+                if not self._warned:
+                    reason = str(error).splitlines()[0][:200]
+                    self._warn(
+                        f"MLflow cannot be reached ({reason}); what is missing there will be"
+                        " recorded when the stage is met again"
+                    )
+                    self._warned = True
+                return None
+
+    def _search(self, condition: str) -> list[Run]:
+        found: list[Run] = []
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [str(self.experiment_id)], condition, max_results=1000, page_token=token
+            )
+            found += page
+            if not (token := page.token):
+                return found
+
+    # --- stages -----------------------------------------------------------------------------
+
+    def begin(self, stage: Stage) -> str | None:
+        """Open the canonical run of a stage that is about to be computed, or computed on."""
+        return self._try(self._begin, stage.key, stage.name, stage.label, stage.settings)
+
+    def _begin(self, key: str, name: str, label: str, settings: dict[str, Any]) -> str:
+        found = self._search(f"tags.stage_key = '{key}'")
+        if found:
+            run_id = found[0].info.run_id
+            self._client.update_run(run_id, status="RUNNING")
+            return str(run_id)
+        tags = {
+            "kind": "stage",
+            "stage": name,
+            "stage_key": key,
+            "git_commit": project.git_commit(),
+        }
+        run = self._client.create_run(str(self.experiment_id), run_name=label, tags=tags)
+        params = [Param(k, str(v)[:6000]) for k, v in _flat(settings).items()]
+        self._client.log_batch(run.info.run_id, params=params)
+        return str(run.info.run_id)
+
+    def epochs(self, run_id: str | None, folder: Path) -> None:
+        """Log the epochs a stage's folder has and its run has not."""
+        if run_id:
+            self._try(self._epochs, run_id, folder)
+
+    def _epochs(self, run_id: str, folder: Path) -> None:
+        if not (folder / HISTORY).exists():
+            return
+        logged = {m.step for m in self._client.get_metric_history(run_id, "train/loss")}
+        for line in (folder / HISTORY).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            step = record.pop("epoch")
+            if step in logged:
+                continue
+            # The image first: metrics mark the epoch as logged.
+            gammas = folder / "gammas" / f"epoch-{step:04d}.npz"
+            image = _gamma_image(gammas, f"epoch {step}")
+            self._client.log_image(run_id, image, key="gammas", step=step)
+            self._client.log_batch(run_id, metrics=_metrics(record, step))
+
+    def finish(self, manifest: Manifest) -> None:
+        """Complete the run of a finished stage, whatever of it is missing."""
+        if manifest.key not in self._recorded:
+            self._try(self._finish, manifest)
+
+    def _finish(self, manifest: Manifest) -> None:
+        run_id = self._begin(manifest.key, manifest.stage, manifest.label, manifest.settings)
+        self._epochs(run_id, manifest.folder)
+        if not manifest.file(HISTORY).exists():
+            self._client.log_batch(run_id, metrics=_metrics(manifest.metrics, 0))
+        self._client.log_artifacts(run_id, str(manifest.folder))
+        self._client.set_tag(run_id, "seconds", str(manifest.seconds))
+        self._client.set_terminated(run_id, "FINISHED")
+        self._recorded[manifest.key] = run_id
+
+    def interrupt(self, run_id: str | None, status: str) -> None:
+        """Mark the run of a stage that did not finish as KILLED or FAILED."""
+        if run_id:
+            self._try(self._client.set_terminated, run_id, status)
+
+    def run_of(self, key: str) -> str | None:
+        """MLflow run of a recorded stage."""
+        return self._recorded.get(key)
+
+    # --- sweeps -----------------------------------------------------------------------------
+
+    def sweep(
+        self, name: str, key: str, points: list[dict[str, Any]], params: dict[str, Any], files: Path
+    ) -> str | None:
+        """Record a sweep and its points once; the same points again find the same run.
+
+        Args:
+            name: Of the run.
+            key: Identifies the set of points.
+            points: Rows of the frontier.
+            params: Resolved settings of the experiment.
+            files: Folder of tables and plots.
+        """
+        return self._try(self._sweep, name, key, points, params, files)
+
+    def _sweep(
+        self, name: str, key: str, points: list[dict[str, Any]], params: dict[str, Any], files: Path
+    ) -> str:
+        found = self._search(f"tags.sweep_key = '{key}' and tags.kind = 'sweep'")
+        if found and found[0].info.status == "FINISHED":
+            return str(found[0].info.run_id)
+        if found:
+            sweep_id = found[0].info.run_id
+        else:
+            tags = {"kind": "sweep", "sweep_key": key, "git_commit": project.git_commit()}
+            run = self._client.create_run(str(self.experiment_id), run_name=name, tags=tags)
+            sweep_id = run.info.run_id
+            flat = [Param(k, str(v)[:6000]) for k, v in _flat(params).items()]
+            self._client.log_batch(sweep_id, params=flat)
+        there = {r.info.run_name for r in self._search(f"tags.mlflow.parentRunId = '{sweep_id}'")}
+        for point in points:
+            if point["point"] not in there:
+                self._point(sweep_id, key, point)
+        self._client.log_dict(sweep_id, params, "experiment.json")
+        self._client.log_artifacts(sweep_id, str(files))
+        self._client.set_terminated(sweep_id, "FINISHED")
+        return str(sweep_id)
+
+    def _point(self, sweep_id: str, key: str, point: dict[str, Any]) -> None:
+        tags = {"kind": "point", "sweep_key": key, "mlflow.parentRunId": sweep_id}
+        for stage, stage_key in point["stages"].items():
+            tags[f"{stage}_key"] = stage_key
+            tags[f"{stage}_run"] = self.run_of(stage_key) or ""
+        run = self._client.create_run(str(self.experiment_id), run_name=point["point"], tags=tags)
+        figures = {
+            name: value
+            for name, value in point.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._client.log_batch(
+            run.info.run_id,
+            metrics=_metrics(figures, 0),
+            tags=[RunTag("pareto", str(point["pareto"]).lower())],
+        )
+        self._client.set_terminated(run.info.run_id, "FINISHED")
+
+
+def download(uri: str) -> Path:
+    """Fetch an artifact named by an MLflow URI (runs:/..., models:/..., mlflow-artifacts:/...)."""
+    return Path(mlflow.artifacts.download_artifacts(uri))
+
+
+def _metrics(values: dict[str, float], step: int) -> list[Metric]:
+    now = int(time.time() * 1000)
+    return [Metric(name, float(value), now, step) for name, value in values.items()]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _gamma_image(path: Path, title: str) -> np.ndarray:
+    """Histogram of |gamma| of every layer, (H, W, 3) uint8; the axes are the same in all runs."""
+    from flows.report import gamma_histograms
+
+    with np.load(path) as arrays:
+        return gamma_histograms({name: arrays[name] for name in arrays.files}, title)

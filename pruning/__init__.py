@@ -1,0 +1,1 @@
+"""Network slimming: sparsity of BatchNorm scales, selection of channels, surgery, cost."""

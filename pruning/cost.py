@@ -1,0 +1,61 @@
+"""What a network costs: parameters, multiply-adds, bytes, milliseconds."""
+
+import time
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from crnn.data.images import HEIGHT
+from crnn.networks.recogniser import Recogniser
+
+LINE_WIDTH = 128
+"""Width in pixels of the line that MACs and latency are stated for."""
+
+
+def parameters(model: Recogniser) -> dict[str, int]:
+    """Trainable parameters by part and in all."""
+    parts = {"cnn": model.cnn, "lstm": model.rnn, "head": model.head, "total": model}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def macs(model: Recogniser, width: int = LINE_WIDTH) -> int:
+    """Multiply-adds of one line of 32 x width px; a multiply-add counts one.
+
+    Convolutions, LSTM gates and the head; BatchNorm, pools and activations are not counted.
+    """
+    total = 0
+
+    def convolution(layer: nn.Conv2d, _: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()
+
+    hooks = [
+        m.register_forward_hook(convolution) for m in model.modules() if isinstance(m, nn.Conv2d)
+    ]
+    try:
+        with torch.inference_mode():
+            frames = len(model.eval()(torch.zeros(1, 3, HEIGHT, width)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    recurrent = sum(p.numel() for name, p in model.rnn.named_parameters() if "weight" in name)
+    return total + frames * (recurrent + model.head.weight.numel())
+
+
+@torch.inference_mode()
+def latency_ms(model: Recogniser, width: int = LINE_WIDTH, rounds: int = 30) -> float:
+    """Median milliseconds to read one line of 32 x width px on one CPU thread, warmed up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = model.cpu().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        line = torch.zeros(1, 3, HEIGHT, width).contiguous(memory_format=torch.channels_last)
+        times = []
+        for _ in range(rounds + 5):
+            begun = time.perf_counter()
+            model(line)
+            times.append(1000 * (time.perf_counter() - begun))
+        return median(times[5:])
+    finally:
+        torch.set_num_threads(threads)

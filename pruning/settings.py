@@ -1,0 +1,30 @@
+"""What can be set about sparsity and cutting."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from crnn.settings import Settings, TrainSettings
+
+
+class SparseSettings(TrainSettings):
+    """The sparse stage: training with a penalty on the BatchNorm scales.
+
+    strength is s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient,
+    `proximal` shrinks |gamma| by learning rate x s after each step.
+    """
+
+    penalty: Literal["subgradient", "proximal"] = "proximal"
+    strength: Annotated[float, Field(ge=0)] = 0.1
+    from_baseline: bool = True
+
+
+class PruneSettings(Settings):
+    """Selection of channels and the cut."""
+
+    selection: Literal["exact", "reference"] = "exact"
+    min_channels: Annotated[int, Field(ge=1)] = 1
+    min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    round_to: Annotated[int, Field(ge=1, le=64)] = 1
+    compensate: bool = True
+    calibration_lines: Annotated[int, Field(ge=1)] = 512
