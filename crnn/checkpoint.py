@@ -91,26 +91,23 @@ def resize(model: Recogniser, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"missing tensors {sorted(missing)}, unknown {sorted(extra)}")
     for name, tensor in tensors.items():
         full = expected[name]
-        fits = (
-            tensor.ndim == full.ndim and tensor.dtype.is_floating_point == full.is_floating_point()
-        )
-        if not fits or any(n > m or (m and not n) for n, m in zip(tensor.shape, full.shape)):
+        same_kind = tensor.dtype.is_floating_point == full.dtype.is_floating_point
+        if tensor.ndim != full.ndim or not same_kind or not _within(tensor.shape, full.shape):
             raise CheckpointError(
                 f"tensor {name} is {tuple(tensor.shape)}, at most {tuple(full.shape)} fits"
             )
     for name, module in model.named_modules():
-        own = {
-            key.removeprefix(f"{name}."): t
-            for key, t in tensors.items()
-            if key.startswith(f"{name}.")
-        }
-        _resize_layer(module, own)
-    model.rnn = _lstm_of(tensors["rnn.weight_ih_l0"].shape, model.rnn)
+        _resize_layer(module, _under(f"{name}.", tensors))
+    model.rnn = _lstm_like(model.rnn, tensors["rnn.weight_ih_l0"])
     try:
         model.load_state_dict(tensors)
         model.eval()(torch.zeros(1, 3, HEIGHT, 32, dtype=model.head.weight.dtype))
     except RuntimeError as error:
         raise CheckpointError(f"the layers do not fit each other ({error})") from error
+
+
+def _within(shape: torch.Size, largest: torch.Size) -> bool:
+    return all(1 <= n <= m for n, m in zip(shape, largest, strict=True))
 
 
 def _resize_layer(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -126,17 +123,25 @@ def _resize_layer(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         setattr(module, name, nn.Parameter(torch.empty_like(tensors[name])))
 
 
-def _lstm_of(shape: torch.Size, lstm: nn.LSTM) -> nn.LSTM:
-    layers, both = lstm.num_layers, lstm.bidirectional
-    return nn.LSTM(shape[1], shape[0] // 4, num_layers=layers, bidirectional=both)
+def _lstm_like(lstm: nn.LSTM, weight: Tensor) -> nn.LSTM:
+    """An LSTM of as many layers whose first input weight, (4 x hidden, features), is like this."""
+    gates, features = weight.shape
+    return nn.LSTM(
+        features,
+        gates // 4,
+        num_layers=lstm.num_layers,
+        bidirectional=lstm.bidirectional,
+        dtype=weight.dtype,
+    )
 
 
 def save_run(path: Path, run: Run) -> None:
-    """Write a training under way: weights, and the optimizer's moments."""
+    """Write a training under way: weights, the optimizer's moments, the penalty's memory."""
     tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
     for index, moments in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-    metadata = {"format": FORMAT, "epoch": str(run.epoch)}
+    tensors |= {f"memory.{name}": tensor for name, tensor in run.memory.items()}
+    metadata = {"format": FORMAT, "epoch": str(run.epoch), "seed": str(run.seed)}
     write_atomic(path, save(_plain(tensors), metadata))
 
 
@@ -150,13 +155,14 @@ def load_run(path: Path, model: Recogniser, settings: TrainSettings) -> Run:
     """
     tensors, metadata = _read(path)
     model.load_state_dict(_under("model.", tensors))
-    run = start(model, settings)
+    run = start(model, settings, int(metadata["seed"]))
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in _under("optimizer.", tensors).items():
         index, _, moment = name.partition(".")
         state.setdefault(int(index), {})[moment] = tensor
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
     run.epoch = int(metadata["epoch"])
+    run.memory = _under("memory.", tensors)
     return run
 
 

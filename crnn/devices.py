@@ -24,8 +24,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 def has_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 there, not merely emulated."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def describe(device: torch.device) -> str:

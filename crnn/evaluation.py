@@ -8,11 +8,8 @@ from torch import Tensor
 
 from crnn.charset import Charset
 from crnn.data.batches import Batch, Lines, evaluation_batches, normalise
-from crnn.devices import autocast
 from crnn.metrics import ned, wilson_interval, word_accuracy
 from crnn.networks.recogniser import Recogniser
-
-EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -38,25 +35,19 @@ def frame_lengths(widths: Tensor, stride: int) -> Tensor:
 
 
 @torch.inference_mode()
-def read(
-    model: Recogniser, batches: Iterable[Batch], charset: Charset, precision: str = "float32"
-) -> list[Reading]:
-    """Read every line of the batches by greedy (best path) decoding."""
+def read(model: Recogniser, batches: Iterable[Batch], charset: Charset) -> list[Reading]:
+    """Read every line of the batches by greedy (best path) decoding, in float32."""
     model.eval()
     device = model.head.weight.device
     readings = []
     for batch in batches:
         images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
-            logits = model(images)
-        best, classes = logits.log_softmax(2).max(2)  # (T, N) both
+        best, classes = model(images).log_softmax(2).max(2)  # (T, N) both
         lengths = frame_lengths(batch.widths, model.stride).tolist()
-        rows = zip(
-            best.T.cpu(), classes.T.tolist(), lengths, batch.labels, batch.indices, strict=True
-        )
-        for scores, path, length, label, index in rows:
-            confidence = float(scores[:length].sum().exp())
-            readings.append(Reading(index, charset.decode(path[:length]), label, confidence))
+        for n, (length, label) in enumerate(zip(lengths, batch.labels, strict=True)):
+            text = charset.decode(classes[:length, n].tolist())
+            confidence = float(best[:length, n].sum().exp())
+            readings.append(Reading(batch.indices[n], text, label, confidence))
     return readings
 
 
@@ -86,9 +77,6 @@ def score(readings: list[Reading], unseen: set[int]) -> dict[str, float]:
     return scores
 
 
-def evaluate(
-    model: Recogniser, lines: Lines, unseen: set[int], workers: int = 0, precision: str = "float32"
-) -> dict[str, float]:
-    """Score a network on every line."""
-    batches = evaluation_batches(lines, EVALUATION_BATCH, workers)
-    return score(read(model, batches, lines.charset, precision), unseen)
+def evaluate(model: Recogniser, lines: Lines, unseen: set[int]) -> dict[str, float]:
+    """Score a network on every line; unseen as for score."""
+    return score(read(model, evaluation_batches(lines), lines.charset), unseen)

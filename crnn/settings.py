@@ -52,7 +52,6 @@ class DataSettings(Settings):
     text: TextSettings = TextSettings()
     max_width: Annotated[int, Field(ge=32, le=2048)] = 320
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
-    augment: AugmentSettings = AugmentSettings()
 
 
 class ModelSettings(Settings):
@@ -73,3 +72,4 @@ class TrainSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     clip_norm: Annotated[float, Field(gt=0)] = 5.0
     precision: Literal["auto", "float32"] = "auto"
+    augment: AugmentSettings = AugmentSettings()

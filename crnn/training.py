@@ -3,30 +3,21 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from crnn.data.batches import Batch, Lines, normalise, training_batches
 from crnn.devices import autocast
 from crnn.errors import NonFiniteLossError
 from crnn.evaluation import frame_lengths
 from crnn.networks.recogniser import Recogniser
-from crnn.settings import AugmentSettings, TrainSettings
+from crnn.settings import TrainSettings
 
 Progress = Callable[[int, int, float], None]
-
-
-class Penalty:
-    """What sparse training adds to the loop; this one adds nothing."""
-
-    def before_step(self, model: nn.Module, learning_rate: float, progress: float) -> None:
-        """Called when gradients are there, after clipping."""
-
-    def after_step(self, model: nn.Module, learning_rate: float, progress: float) -> None:
-        """Called when the optimizer has moved the weights; progress in (0, 1] of the stage."""
 
 
 @dataclass
@@ -36,15 +27,29 @@ class Run:
     Attributes:
         model: The network.
         optimizer: With its moments.
+        seed: With the epoch it fixes order and augmentation.
         epoch: Number of epochs done.
+        memory: Tensors that a penalty keeps from step to step, by name.
     """
 
     model: Recogniser
     optimizer: torch.optim.Optimizer
+    seed: int
     epoch: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
-def start(model: Recogniser, settings: TrainSettings) -> Run:
+class Penalty:
+    """What sparse training adds to the loop; this one adds nothing."""
+
+    def before_step(self, run: Run, learning_rate: float, progress: float) -> None:
+        """Called when gradients are there, after clipping."""
+
+    def after_step(self, run: Run, learning_rate: float, progress: float) -> None:
+        """Called when the optimizer has moved the weights; progress in [0, 1) of the stage."""
+
+
+def start(model: Recogniser, settings: TrainSettings, seed: int) -> Run:
     """A fresh run. BatchNorm scales and all biases are kept out of weight decay."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -52,7 +57,7 @@ def start(model: Recogniser, settings: TrainSettings) -> Run:
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return Run(model, torch.optim.AdamW(groups, lr=settings.learning_rate))
+    return Run(model, torch.optim.AdamW(groups, lr=settings.learning_rate), seed)
 
 
 def learning_rate_at(progress: float, settings: TrainSettings) -> float:
@@ -90,11 +95,7 @@ def fit(
     run: Run,
     lines: Lines,
     settings: TrainSettings,
-    *,
-    seed: int,
-    change: AugmentSettings | None,
     penalty: Penalty | None = None,
-    workers: int = 0,
     on_step: Progress | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
@@ -103,52 +104,59 @@ def fit(
     Args:
         run: Changed in place; run.epoch is raised after each epoch, before on_epoch.
         lines: Training samples.
-        settings: Schedule, batch size, precision.
-        seed: With the epoch it fixes order and augmentation.
-        change: Augmentation, or None.
+        settings: Schedule, batch size, augmentation, precision.
         penalty: Sparsity, or None.
-        workers: Loader processes; the result does not depend on them.
         on_step: Called with (step in epoch, steps an epoch, loss).
         on_epoch: Called with the epoch's metrics.
 
     Raises:
         NonFiniteLossError: The loss is infinite or nan; names the step and the samples.
     """
-    device = run.model.head.weight.device
-    run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run.model.to(memory_format=torch.channels_last)
     penalty = penalty or Penalty()
     while run.epoch < settings.epochs:
-        run.model.train()
-        begun, total = time.perf_counter(), 0.0
-        batches = training_batches(lines, settings.batch_size, change, seed, run.epoch, workers)
-        steps = len(batches)
-        for step, batch in enumerate(batches):
-            done = (run.epoch * steps + step) / (settings.epochs * steps)
-            rate = learning_rate_at(done, settings)
-            loss = _loss(run.model, batch, device, settings.precision)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise _non_finite(value, run.epoch, step, batch, lines)
-            _step(
-                run, loss, rate, settings.clip_norm, penalty, done + 1 / (settings.epochs * steps)
-            )
-            total += value * len(batch.labels)
-            if on_step:
-                on_step(step + 1, steps, value)
+        begun = time.perf_counter()
+        batches = training_batches(lines, settings, run.seed, run.epoch)
+        loss = _epoch(run, batches, settings, penalty, on_step)
         run.epoch += 1
         seconds = time.perf_counter() - begun
         if on_epoch:
             on_epoch(
                 {
-                    "train/loss": total / len(lines),
-                    "train/learning_rate": rate,
+                    "train/loss": loss,
+                    "train/learning_rate": run.optimizer.param_groups[0]["lr"],
                     "train/lines_per_second": len(lines) / seconds,
                     "train/seconds": seconds,
                 }
             )
 
 
-def _loss(model: Recogniser, batch: Batch, device: torch.device, precision: str) -> Tensor:
+def _epoch(
+    run: Run,
+    batches: DataLoader[Batch],
+    settings: TrainSettings,
+    penalty: Penalty,
+    on_step: Progress | None,
+) -> float:
+    """One pass over the lines; returns their mean loss."""
+    run.model.train()
+    steps, total, lines = len(batches), 0.0, 0
+    for step, batch in enumerate(batches):
+        loss = _loss(run.model, batch, settings.precision)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise _non_finite(value, run.epoch, step, batch)
+        done = run.epoch * steps + step
+        _step(run, loss, done / (settings.epochs * steps), settings, penalty)
+        total += value * len(batch.names)
+        lines += len(batch.names)
+        if on_step:
+            on_step(step + 1, steps, value)
+    return total / lines
+
+
+def _loss(model: Recogniser, batch: Batch, precision: str) -> Tensor:
+    device = model.head.weight.device
     images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
     with autocast(device, precision):
         logits = model(images)
@@ -156,23 +164,21 @@ def _loss(model: Recogniser, batch: Batch, device: torch.device, precision: str)
 
 
 def _step(
-    run: Run, loss: Tensor, rate: float, clip_norm: float, penalty: Penalty, progress: float
+    run: Run, loss: Tensor, progress: float, settings: TrainSettings, penalty: Penalty
 ) -> None:
+    rate = learning_rate_at(progress, settings)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), clip_norm)
-    penalty.before_step(run.model, rate, progress)
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
+    penalty.before_step(run, rate, progress)
     run.optimizer.step()
-    penalty.after_step(run.model, rate, progress)
+    penalty.after_step(run, rate, progress)
 
 
-def _non_finite(
-    value: float, epoch: int, step: int, batch: Batch, lines: Lines
-) -> NonFiniteLossError:
-    names = ", ".join(lines.source.name(index) for index in batch.indices)
+def _non_finite(value: float, epoch: int, step: int, batch: Batch) -> NonFiniteLossError:
     return NonFiniteLossError(
         f"the loss became {value} in epoch {epoch + 1}, step {step + 1}; lower the learning rate,"
-        f" or look at the samples of that batch: {names}"
+        f" or look at the samples of that batch: {', '.join(batch.names)}"
     )

@@ -1,28 +1,22 @@
-"""Finished stages on disk: keys, manifests, proof at a hit, and one computation at a time.
+"""Finished stages on disk: their keys, their manifests, and proof at a hit.
 
 A stage's result is a folder that appears by one rename, its manifest inside. A hit is believed
 only after every file has been hashed; what fails is set aside and computed again.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from crnn.errors import UserError
 from crnn.files import sha256, sync_folder, write_atomic
 from flows import project
 
 MANIFEST = "manifest.json"
-POLL_SECONDS = 0.5
 
 
 class DamagedError(Exception):
@@ -175,47 +169,3 @@ def publish(stage: Stage, folder: Path, outcome: dict[str, Any], run_id: str | N
     sync_folder(target.parent)
     shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
     return manifest
-
-
-@contextmanager
-def single_flight(
-    key: str, stopping: Callable[[], bool], log: Callable[[str], None]
-) -> Iterator[int]:
-    """Hold the key's lock; while another process holds it, wait and say for whom.
-
-    The lock is the kernel's (flock), so it ends with its holders whatever kills them. The child
-    that computes is given the descriptor and holds it too: the work folder never has two writers.
-    Works on local disks only.
-
-    Yields:
-        Descriptor of the locked file.
-    """
-    path = project.locks_folder() / f"{key}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        told = False
-        while not _try_lock(descriptor):
-            if not told:
-                log(f"{key} is being computed by {_holder(descriptor)}; waiting for it")
-                told = True
-            if stopping():
-                raise UserError(f"stopped while waiting for {key}")
-            time.sleep(POLL_SECONDS)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _holder(descriptor: int) -> str:
-    return os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"

@@ -5,6 +5,7 @@ same exception here, and kills the child's whole process group when the pipeline
 whose parent dies ends itself within a second.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -113,7 +114,5 @@ def _kill_when_stopped(child: subprocess.Popen[bytes]) -> None:
 def _kill(child: subprocess.Popen[bytes]) -> None:
     """Kill the child and its loader workers. Its files are safe at any instant."""
     if child.poll() is None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass

@@ -11,6 +11,7 @@ from typing import Any
 from crnn.charset import Charset
 from crnn.data.sources import open_source
 from crnn.files import write_atomic
+from crnn.settings import DataSettings, Settings, TrainSettings
 from flows import project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
@@ -34,16 +35,23 @@ def data_stage(experiment: Experiment) -> Stage:
     return Stage("data", "data", content, {}, VERSIONS["data"])
 
 
+def given_charset(settings: DataSettings) -> str:
+    """Characters of the charset file; empty where the training labels give them."""
+    if settings.charset is None:
+        return ""
+    return Charset.load(Path(settings.root) / settings.charset).characters
+
+
 def baseline_stage(experiment: Experiment, data: Manifest) -> Stage:
     """The uncut network, trained from scratch."""
-    settings = {**_training(experiment), "train": _dump(experiment.baseline)}
+    settings = _training(experiment, experiment.baseline)
     settings["model"] = _dump(experiment.model)
     return Stage("baseline", "baseline", settings, {"data": data}, VERSIONS["baseline"])
 
 
 def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> Stage:
     """The uncut network under a sparsity penalty. One serves every ratio."""
-    settings = {**_training(experiment), "train": _dump(experiment.sparse)}
+    settings = _training(experiment, experiment.sparse)
     inputs = {"data": data}
     if experiment.sparse.from_baseline:
         inputs["baseline"] = baseline
@@ -61,7 +69,7 @@ def prune_stage(experiment: Experiment, data: Manifest, sparse: Manifest, ratio:
 
 def finetune_stage(experiment: Experiment, data: Manifest, pruned: Manifest, ratio: float) -> Stage:
     """The cut network, trained on."""
-    settings = {**_training(experiment), "train": _dump(experiment.finetune)}
+    settings = _training(experiment, experiment.finetune)
     inputs = {"data": data, "prune": pruned}
     return Stage("finetune", f"finetune {ratio:g}", settings, inputs, VERSIONS["finetune"])
 
@@ -71,14 +79,12 @@ def measure_stage(model: Manifest) -> Stage:
     return Stage("measure", f"measure {model.label}", {}, {"model": model}, VERSIONS["measure"])
 
 
-def _training(experiment: Experiment) -> dict[str, Any]:
-    """What shapes every training besides its own section."""
-    return {"seed": experiment.seed, "augment": _dump(experiment.data.augment)}
+def _training(experiment: Experiment, section: TrainSettings) -> dict[str, Any]:
+    return {"seed": experiment.seed, "train": _dump(section)}
 
 
-def _dump(settings: Any) -> dict[str, Any]:
-    dumped: dict[str, Any] = settings.model_dump(mode="json")
-    return dumped
+def _dump(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json")
 
 
 def fingerprint(experiment: Experiment) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.futures import PrefectFuture
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import cache, children, definitions, display, project, report
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
+from flows.locks import seats, single_flight
 from flows.tracking import Tracker
 
 UI = "http://127.0.0.1:5000"
@@ -34,13 +35,11 @@ class Context:
     Attributes:
         experiment: Its definition.
         tracker: MLflow.
-        seats: Held while a fine-tune computes; there are as many as may run side by side.
         computed: Labels of the stages that were computed, the others came from the cache.
     """
 
     experiment: Experiment
     tracker: Tracker
-    seats: threading.Semaphore
     computed: list[str]
 
 
@@ -71,43 +70,39 @@ def parallel_finetunes(experiment: Experiment) -> int:
 
 
 @task(cache_policy=NO_CACHE, task_run_name="data")
-def data(context: Context) -> State[Manifest]:
+def data(context: Context) -> Any:
     """Check and index the samples."""
     return run_stage(context, definitions.data_stage(context.experiment))
 
 
 @task(cache_policy=NO_CACHE, task_run_name="baseline")
-def baseline(context: Context, samples: Manifest) -> State[Manifest]:
+def baseline(context: Context, samples: Manifest) -> Any:
     """Train the uncut network."""
     return run_stage(context, definitions.baseline_stage(context.experiment, samples))
 
 
 @task(cache_policy=NO_CACHE, task_run_name="sparse")
-def sparse(context: Context, samples: Manifest, uncut: Manifest) -> State[Manifest]:
+def sparse(context: Context, samples: Manifest, uncut: Manifest) -> Any:
     """Train with the sparsity penalty."""
     return run_stage(context, definitions.sparse_stage(context.experiment, samples, uncut))
 
 
 @task(cache_policy=NO_CACHE, task_run_name="prune {ratio}")
-def prune(context: Context, samples: Manifest, thin: Manifest, ratio: float) -> State[Manifest]:
+def prune(context: Context, samples: Manifest, thin: Manifest, ratio: float) -> Any:
     """Cut the channels of one ratio."""
     stage = definitions.prune_stage(context.experiment, samples, thin, ratio)
-    with context.seats:
-        return run_stage(context, stage, parallel_finetunes(context.experiment))
+    return run_stage(context, stage, whole_machine=False)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="finetune {ratio}")
-def finetune(
-    context: Context, samples: Manifest, pruned: Manifest, ratio: float
-) -> State[Manifest]:
+def finetune(context: Context, samples: Manifest, pruned: Manifest, ratio: float) -> Any:
     """Train the cut network on."""
     stage = definitions.finetune_stage(context.experiment, samples, pruned, ratio)
-    with context.seats:
-        return run_stage(context, stage, parallel_finetunes(context.experiment))
+    return run_stage(context, stage, whole_machine=False)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="measure {model.label}")
-def measure(context: Context, model: Manifest) -> State[Manifest]:
+def measure(context: Context, model: Manifest) -> Any:
     """Parameters, multiply-adds, bytes, latency."""
     return run_stage(context, definitions.measure_stage(model))
 
@@ -127,8 +122,7 @@ def frontier(experiment: Experiment) -> Frontier:
         UserError: A mistake in the data or the settings.
     """
     children.restart()
-    seats = threading.Semaphore(parallel_finetunes(experiment))
-    context = Context(experiment, Tracker(experiment.name, display.say), seats, [])
+    context = Context(experiment, Tracker(experiment.name, display.say), [])
     try:
         return _sweep(context)
     except BaseException:
@@ -139,23 +133,28 @@ def frontier(experiment: Experiment) -> Frontier:
 
 def _sweep(context: Context) -> Frontier:
     experiment = context.experiment
-    samples = data.submit(context)
-    uncut = baseline.submit(context, samples)
-    thin = sparse.submit(context, samples, uncut)
-    futures = []
+    samples = _result(data.submit(context))
+    uncut = _result(baseline.submit(context, samples))
+    thin = _result(sparse.submit(context, samples, uncut))
+    started = []
     for ratio in experiment.ratios:
-        pruned = prune.submit(context, samples, thin, ratio)
-        futures.append((ratio, pruned, finetune.submit(context, samples, pruned, ratio)))
-    tuned = [(ratio, p.result(), f.result()) for ratio, p, f in futures]
+        cutting: Any = prune.submit(context, samples, thin, ratio)
+        started.append((cutting, finetune.submit(context, samples, cutting, ratio)))
+    tuned = [(_result(cutting), _result(tuning)) for cutting, tuning in started]
     # Latency needs a quiet machine: one network after another, when nothing trains any more.
-    cost = measure.submit(context, uncut).result()
-    rows = [_row("baseline", uncut.result(), cost, {"baseline": uncut.result()})]
-    for ratio, pruned, model in tuned:
-        stages = {"sparse": thin.result(), "prune": pruned, "finetune": model}
-        cost = measure.submit(context, model).result()
+    cost = _result(measure.submit(context, uncut))
+    rows = [_row("baseline", uncut, cost, {"baseline": uncut})]
+    for ratio, (pruned, model) in zip(experiment.ratios, tuned, strict=True):
+        stages = {"sparse": thin, "prune": pruned, "finetune": model}
+        cost = _result(measure.submit(context, model))
         rows.append(_row(f"{ratio:g}", model, cost, stages))
     report.mark_pareto(rows)
     return _publish(context, rows)
+
+
+def _result(future: PrefectFuture[Any]) -> Manifest:
+    manifest: Manifest = future.result()
+    return manifest
 
 
 def _row(point: str, model: Manifest, cost: Manifest, stages: dict[str, Manifest]) -> report.Row:
@@ -206,13 +205,13 @@ def _links(tracker: Tracker, rows: list[report.Row], sweep_run: str | None) -> s
     return "\n".join(["MLflow runs (`crnn-slim ui` serves them):", *links])
 
 
-def run_stage(context: Context, stage: Stage, share: int = 1) -> State[Manifest]:
+def run_stage(context: Context, stage: Stage, whole_machine: bool = True) -> Any:
     """Find a stage's result, or compute it in a process of its own.
 
     Args:
         context: Of the flow run.
         stage: What to compute.
-        share: The process gets this fraction of the machine's cores, 1 / share.
+        whole_machine: It has all cores to itself; otherwise others of its kind run beside it.
 
     Returns:
         A completed state that holds the manifest; its name is "Cached" where nothing was computed.
@@ -223,11 +222,14 @@ def run_stage(context: Context, stage: Stage, share: int = 1) -> State[Manifest]
         logger.warning(message)
         display.say(message)
 
-    with cache.single_flight(stage.key, children.stopping, log) as lock:
+    with single_flight(stage.key, children.stopping, log) as lock:
         manifest = cache.find(stage.key, log)
         cached = manifest is not None
         if manifest is None:
-            manifest = _compute(context, stage, share, lock)
+            total = parallel_finetunes(context.experiment)
+            count = total if whole_machine else 1
+            with seats(count, total, children.stopping, log):
+                manifest = _compute(context, stage, count / total, lock)
     context.tracker.finish(manifest)
     if cached:
         display.say(f"{stage.label}: cached")
@@ -237,7 +239,7 @@ def run_stage(context: Context, stage: Stage, share: int = 1) -> State[Manifest]
     return Completed(message=stage.key, data=manifest)
 
 
-def _compute(context: Context, stage: Stage, share: int, lock: int) -> Manifest:
+def _compute(context: Context, stage: Stage, share: float, lock: int) -> Manifest:
     folder = project.work_folder() / stage.key
     folder.mkdir(parents=True, exist_ok=True)
     run_id = context.tracker.begin(stage)
@@ -259,12 +261,13 @@ def _compute(context: Context, stage: Stage, share: int, lock: int) -> Manifest:
     return cache.publish(stage, folder / "out", outcome, run_id)
 
 
-def _job(experiment: Experiment, stage: Stage, share: int, folder: Path) -> dict[str, Any]:
+def _job(experiment: Experiment, stage: Stage, share: float, folder: Path) -> dict[str, Any]:
     """All a stage's process is told: settings, upstream files, and how to use the machine."""
-    cpus = os.cpu_count() or 1
+    cpus = max(1, int(share * (os.cpu_count() or 1)))
     workers = experiment.execution.loader_workers
-    # One worker keeps up with two cores that train; more would take the cores from training.
-    automatic = 0 if share > 1 else max(1, min(8, cpus // 2))
+    if workers == "auto":
+        # A loader that competes with training for its cores costs more than it gives.
+        workers = cpus - 1 if shutil.which("nvidia-smi") else cpus // 4
     return {
         "stage": stage.name,
         "settings": stage.settings,
@@ -272,7 +275,7 @@ def _job(experiment: Experiment, stage: Stage, share: int, folder: Path) -> dict
         "seed": experiment.seed,
         "inputs": {n: str(m.file(m.result).resolve()) for n, m in stage.inputs.items()},
         "folder": str(folder),
-        "threads": max(1, cpus // share),
-        "loader_workers": automatic if workers == "auto" else workers,
+        "threads": max(1, cpus - workers),
+        "loader_workers": workers,
         "parent": os.getpid(),
     }

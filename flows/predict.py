@@ -11,7 +11,7 @@ from crnn.data.batches import Lines, evaluation_batches
 from crnn.data.images import fit_line
 from crnn.data.sources import ImageFiles
 from crnn.errors import DataError
-from crnn.evaluation import EVALUATION_BATCH, read
+from crnn.evaluation import read
 from flows import project
 from flows.stages import MODEL
 
@@ -46,9 +46,7 @@ def predict(
         checkpoint.charset,
         checkpoint.max_width,
     )
-    found = read(
-        checkpoint.model, evaluation_batches(lines, EVALUATION_BATCH, 0), checkpoint.charset
-    )
+    found = read(checkpoint.model, evaluation_batches(lines), checkpoint.charset)
     readings = [
         {"image": str(files[r.index]), "text": r.text, "confidence": round(r.confidence, 6)}
         for r in sorted(found, key=lambda reading: reading.index)

@@ -41,16 +41,16 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
     """
     sparse = find_sparse(experiment)
     from crnn.checkpoint import load_checkpoint
+    from flows.stages import start_of_cut
     from pruning.cost import macs, parameters
     from pruning.gammas import absolute_gammas
     from pruning.selection import keep_masks
     from pruning.surgery import cut
 
-    uncut = load_checkpoint(sparse.file(sparse.result)).model
-    gammas = absolute_gammas(uncut)
     cuts = []
     for ratio in experiment.ratios:
-        masks = keep_masks(gammas, ratio, experiment.prune)
+        uncut = load_checkpoint(start_of_cut(sparse.file(sparse.result), ratio)).model
+        masks = keep_masks(absolute_gammas(uncut), ratio, experiment.prune)
         model = cut(uncut, masks)
         widths = [int(mask.sum()) for mask in masks]
         cuts.append(

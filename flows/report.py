@@ -152,8 +152,8 @@ def gamma_histograms(layers: dict[str, np.ndarray], title: str) -> np.ndarray:
     axes.set_yticks(np.arange(len(layers)) + 0.5, list(layers))
     axes.invert_yaxis()
     figure.colorbar(mesh, label="share of the layer's channels")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
 
 
 def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

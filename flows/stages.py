@@ -31,10 +31,10 @@ from crnn.evaluation import evaluate
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.networks.vgg import STRIDE
-from crnn.settings import AugmentSettings, DataSettings, ModelSettings, TrainSettings
+from crnn.settings import DataSettings, ModelSettings, TrainSettings
 from crnn.training import Penalty, fit, start
 from pruning.cost import LINE_WIDTH, latency_ms, macs, parameters
-from pruning.gammas import absolute_gammas, gamma_statistics, prunable
+from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings, SparseSettings
 from pruning.sparsity import penalty_of
@@ -43,6 +43,10 @@ from pruning.surgery import cut, mean_activations
 Emit = Callable[[dict[str, Any]], None]
 HISTORY = "history.jsonl"
 MODEL = "model.safetensors"
+SNAPSHOTS = "snapshots"
+SNAPSHOT_STEP = 500
+"""Basis points of zeros between two snapshots of a sparse stage."""
+
 LINES = "lines.npz"
 
 
@@ -71,11 +75,6 @@ class Work:
         """All that shapes the result."""
         settings: dict[str, Any] = self.job["settings"]
         return settings
-
-    @property
-    def workers(self) -> int:
-        """Loader processes."""
-        return int(self.job["loader_workers"])
 
 
 def compute(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -153,6 +152,7 @@ def data(work: Work) -> tuple[str, dict[str, float]]:
     arrays = {
         f"{s}_{part}": getattr(c, part) for s, c in checks.items() for part in ("indices", "widths")
     }
+    write_atomic(work.out / "charset.txt", charset.characters.encode())
     np.savez(
         work.out / LINES,
         fingerprint=np.array(work.settings["fingerprint"]),
@@ -196,21 +196,18 @@ def _write_check(out: Path, checks: dict[str, Checked]) -> None:
         )
 
 
-def load_lines(path: Path, settings: DataSettings, seed: int, split: str) -> Lines:
+def _lines(work: Work, split: str) -> Lines:
     """The usable samples of a split, as the data stage indexed them."""
-    with np.load(path) as index:
+    settings = DataSettings.model_validate(work.job["data"])
+    with np.load(work.input("data")) as index:
         return Lines(
-            source=open_source(settings, split, seed),
+            source=open_source(settings, split, work.job["seed"]),
             indices=index[f"{split}_indices"],
             widths=index[f"{split}_widths"],
             charset=Charset("".join(index["charset"])),
             max_width=int(index["max_width"]),
+            workers=work.job["loader_workers"],
         )
-
-
-def _lines(work: Work, split: str) -> Lines:
-    settings = DataSettings.model_validate(work.job["data"])
-    return load_lines(work.input("data"), settings, work.job["seed"], split)
 
 
 def _unseen(work: Work) -> set[int]:
@@ -229,13 +226,57 @@ def baseline(work: Work) -> tuple[str, dict[str, float]]:
 
 
 def sparse(work: Work) -> tuple[str, dict[str, float]]:
-    """Train with a penalty on the BatchNorm scales; the last epoch is what gets cut."""
+    """Train with a penalty on the BatchNorm scales.
+
+    The last epoch serves the highest ratio. A network with that many dead channels is no start
+    for a lower one, so the way there is kept: a snapshot each time the share of zeros passes a
+    multiple of SNAPSHOT_STEP.
+    """
     settings = SparseSettings.model_validate(work.settings["train"])
     if settings.from_baseline:
         model = load_checkpoint(work.input("baseline")).model
     else:
         model = _fresh_model(work)
-    return _train(work, model, settings, penalty_of(settings))
+    return _train(work, model, settings, penalty_of(settings), _snapshots(work))
+
+
+def _snapshots(work: Work) -> Callable[[Recogniser], None]:
+    """A function that saves the network where its zeros have reached the next step.
+
+    A resumed stage finds the snapshots of the epoch it repeats, which would be the same bits.
+    """
+    folder = work.out / SNAPSHOTS
+    folder.mkdir(exist_ok=True)
+    taken = max(_zeros_of(folder), default=-1)
+
+    def save_where_due(model: Recogniser) -> None:
+        nonlocal taken
+        zeros = int(10_000 * share_zero(model))
+        if taken < 0 or zeros // SNAPSHOT_STEP > taken // SNAPSHOT_STEP:
+            _save_model(work, folder / f"zeros-{zeros:04d}.safetensors", model)
+            taken = zeros
+
+    return save_where_due
+
+
+def _zeros_of(folder: Path) -> dict[int, Path]:
+    """Snapshots by their share of zeros in basis points."""
+    return {int(path.stem.removeprefix("zeros-")): path for path in folder.glob("zeros-*")}
+
+
+def start_of_cut(sparse: Path, ratio: float) -> Path:
+    """The network of a sparse stage to cut at a ratio: the sparsest with no zero to spare.
+
+    Args:
+        sparse: Result file of the stage, its last epoch; snapshots lie beside it.
+        ratio: Prune ratio.
+    """
+    last = share_zero(load_checkpoint(sparse).model)
+    if last <= ratio:
+        return sparse
+    snapshots = _zeros_of(sparse.parent / SNAPSHOTS)
+    fitting = [zeros for zeros in snapshots if zeros <= round(10_000 * ratio)]
+    return snapshots[max(fitting)] if fitting else sparse
 
 
 def finetune(work: Work) -> tuple[str, dict[str, float]]:
@@ -251,9 +292,13 @@ def _fresh_model(work: Work) -> Recogniser:
 
 
 def _train(
-    work: Work, model: Recogniser, settings: TrainSettings, penalty: Penalty | None = None
+    work: Work,
+    model: Recogniser,
+    settings: TrainSettings,
+    penalty: Penalty | None = None,
+    look: Callable[[Recogniser], None] | None = None,
 ) -> tuple[str, dict[str, float]]:
-    """Train from the last finished epoch of this stage, or from its beginning.
+    """Train from the last finished epoch of this stage, or from its beginning; look each step.
 
     After each epoch its record is written before its state, and a resumed run drops records past
     the state: no epoch is recorded twice, none is missing.
@@ -261,12 +306,15 @@ def _train(
     lines, val, unseen = _lines(work, "train"), _lines(work, "val"), _unseen(work)
     model = model.to(best_device())
     state = work.folder / "state.safetensors"
-    run = load_run(state, model, settings) if state.exists() else start(model, settings)
+    if state.exists():
+        run = load_run(state, model, settings)
+    else:
+        run = start(model, settings, work.settings["seed"])
     records = _history(work.out / HISTORY)[: run.epoch]
     _write_history(work.out / HISTORY, records)
 
     def after_epoch(metrics: dict[str, float]) -> None:
-        scores = evaluate(run.model, val, unseen, work.workers)
+        scores = evaluate(run.model, val, unseen)
         record = {"epoch": run.epoch, **metrics, **scores, **gamma_statistics(run.model)}
         records.append(record)
         _save_gammas(work.out, run.model, run.epoch)
@@ -275,6 +323,8 @@ def _train(
         work.emit({"event": "epoch", "epochs": settings.epochs, **record})
 
     def after_step(step: int, steps: int, loss: float) -> None:
+        if look:
+            look(run.model)
         work.emit(
             {
                 "event": "step",
@@ -286,21 +336,16 @@ def _train(
         )
 
     work.emit({"event": "begin", "epoch": run.epoch, "epochs": settings.epochs})
-    fit(
-        run,
-        lines,
-        settings,
-        seed=work.settings["seed"],
-        change=AugmentSettings.model_validate(work.settings["augment"]),
-        penalty=penalty,
-        workers=work.workers,
-        on_step=after_step,
-        on_epoch=after_epoch,
-    )
-    checkpoint = Checkpoint(run.model, lines.charset, lines.max_width, work.job["stage"])
-    save_checkpoint(work.out / MODEL, checkpoint)
+    fit(run, lines, settings, penalty, after_step, after_epoch)
+    _save_model(work, work.out / MODEL, run.model)
     final = {name: value for name, value in records[-1].items() if name != "epoch"}
     return MODEL, final
+
+
+def _save_model(work: Work, path: Path, model: Recogniser) -> None:
+    with np.load(work.input("data")) as index:
+        charset, max_width = Charset("".join(index["charset"])), int(index["max_width"])
+    save_checkpoint(path, Checkpoint(model, charset, max_width, work.job["stage"]))
 
 
 def _history(path: Path) -> list[dict[str, float]]:
@@ -315,7 +360,7 @@ def _write_history(path: Path, records: list[dict[str, float]]) -> None:
 
 def _save_gammas(out: Path, model: Recogniser, epoch: int) -> None:
     """Raw |gamma| of every layer after an epoch."""
-    arrays = {
+    arrays: dict[str, Any] = {
         name: gamma.float().cpu().numpy()
         for name, gamma in zip(prunable(model), absolute_gammas(model), strict=True)
     }
@@ -335,36 +380,26 @@ def _write_summary(out: Path, model: Recogniser) -> None:
 def prune(work: Work) -> tuple[str, dict[str, float]]:
     """Cut the channels of one ratio out of the sparse network."""
     settings = PruneSettings.model_validate(work.settings["prune"])
-    uncut = load_checkpoint(work.input("sparse"))
-    masks = keep_masks(absolute_gammas(uncut.model), work.settings["ratio"], settings)
+    uncut = load_checkpoint(start_of_cut(work.input("sparse"), work.settings["ratio"])).model
+    masks = keep_masks(absolute_gammas(uncut), work.settings["ratio"], settings)
     means = None
     if settings.compensate:
         train = _lines(work, "train")
-        batches = evaluation_batches(_sample(train, settings.calibration_lines), 64, 0)
-        means = mean_activations(uncut.model, (normalise(batch.images) for batch in batches))
-    model = cut(uncut.model, masks, means)
-    save_checkpoint(
-        work.out / MODEL, Checkpoint(model, uncut.charset, uncut.max_width, work.job["stage"])
-    )
+        batches = evaluation_batches(train.sample(settings.calibration_lines))
+        means = mean_activations(uncut, (normalise(batch.images) for batch in batches))
+    model = cut(uncut, masks, means)
+    _save_model(work, work.out / MODEL, model)
     _write_summary(work.out, model)
     kept = {name: int(mask.sum()) for name, mask in zip(prunable(model), masks, strict=True)}
     write_atomic(work.out / "widths.json", json.dumps(kept, indent=1).encode())
     total = sum(len(mask) for mask in masks)
-    scores = evaluate(model, _lines(work, "val"), _unseen(work), 0)
+    scores = evaluate(model, _lines(work, "val"), _unseen(work))
     return MODEL, {
         "prune/ratio_requested": work.settings["ratio"],
         "prune/ratio_achieved": 1 - sum(kept.values()) / total,
         "prune/channels_kept": float(sum(kept.values())),
         **scores,
     }
-
-
-def _sample(lines: Lines, count: int) -> Lines:
-    """Evenly spaced lines, at most `count`."""
-    chosen = np.arange(0, len(lines), max(1, len(lines) // count))[:count]
-    return Lines(
-        lines.source, lines.indices[chosen], lines.widths[chosen], lines.charset, lines.max_width
-    )
 
 
 def measure(work: Work) -> tuple[str, dict[str, float]]:

@@ -19,7 +19,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from flows import project
-from flows.cache import Manifest, Stage, single_flight
+from flows.cache import Manifest, Stage
+from flows.locks import single_flight
 
 HISTORY = "history.jsonl"
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -86,7 +87,10 @@ class Tracker:
 
     def begin(self, stage: Stage) -> str | None:
         """Open the canonical run of a stage that is about to be computed, or computed on."""
-        return self._try(self._begin, stage.key, stage.name, stage.label, stage.settings)
+        run_id: str | None = self._try(
+            self._begin, stage.key, stage.name, stage.label, stage.settings
+        )
+        return run_id
 
     def _begin(self, key: str, name: str, label: str, settings: dict[str, Any]) -> str:
         found = self._search(f"tags.stage_key = '{key}'")
@@ -163,7 +167,8 @@ class Tracker:
             params: Resolved settings of the experiment.
             files: Folder of tables and plots.
         """
-        return self._try(self._sweep, name, key, points, params, files)
+        run_id: str | None = self._try(self._sweep, name, key, points, params, files)
+        return run_id
 
     def _sweep(
         self, name: str, key: str, points: list[dict[str, Any]], params: dict[str, Any], files: Path

@@ -49,7 +49,7 @@ def latency_ms(model: Recogniser, width: int = LINE_WIDTH, rounds: int = 30) -> 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = model.cpu().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.cpu().eval().to(memory_format=torch.channels_last)
         line = torch.zeros(1, 3, HEIGHT, width).contiguous(memory_format=torch.channels_last)
         times = []
         for _ in range(rounds + 5):

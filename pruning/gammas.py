@@ -19,10 +19,15 @@ def absolute_gammas(model: nn.Module) -> list[Tensor]:
     return [layer.weight.detach().abs() for layer in prunable(model).values()]
 
 
+def share_zero(model: nn.Module) -> float:
+    """Share of the channels whose gamma is exactly zero."""
+    return float((torch.cat(absolute_gammas(model)) == 0).float().mean())
+
+
 def gamma_statistics(model: nn.Module) -> dict[str, float]:
     """Quantiles of |gamma| over all channels, and the shares at and near zero."""
     values = torch.cat(absolute_gammas(model)).float().cpu()
     statistics = {f"gamma/q{round(100 * q):02d}": float(values.quantile(q)) for q in QUANTILES}
     statistics["gamma/share_near_zero"] = float((values < NEAR_ZERO).float().mean())
-    statistics["gamma/share_zero"] = float((values == 0).float().mean())
+    statistics["gamma/share_zero"] = share_zero(model)
     return statistics

@@ -59,7 +59,7 @@ def _exact(magnitudes: list[Tensor], protected: list[Tensor], ratio: float) -> l
     order = flat.argsort(stable=True)
     keep = torch.ones(len(flat), dtype=torch.bool)
     keep[order[~safe[order]][:count]] = False
-    return list(keep.split([len(m) for m in magnitudes]))
+    return list(torch.split(keep, [len(m) for m in magnitudes]))
 
 
 def _reference(magnitudes: list[Tensor], protected: list[Tensor], ratio: float) -> list[Tensor]:
@@ -79,8 +79,11 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def _largest(magnitudes: Tensor, count: int, within: Tensor | None = None) -> Tensor:
-    """Mask of the `count` largest, the members of `within` before all others."""
+    """Mask of the `count` largest, the members of `within` before all others.
+
+    Of equal ones the later channel counts as larger, as in the order that `exact` removes by.
+    """
     score = magnitudes if within is None else magnitudes + within * (magnitudes.max() + 1)
     mask = torch.zeros(len(magnitudes), dtype=torch.bool)
-    mask[score.argsort(descending=True, stable=True)[:count]] = True
+    mask[score.argsort(stable=True).flip(0)[:count]] = True
     return mask

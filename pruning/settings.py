@@ -10,12 +10,14 @@ from crnn.settings import Settings, TrainSettings
 class SparseSettings(TrainSettings):
     """The sparse stage: training with a penalty on the BatchNorm scales.
 
-    strength is s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient,
+    method `auto` drives target_ratio of the channels to exact zeros by itself. The others take a
+    strength, s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient,
     `proximal` shrinks |gamma| by learning rate x s after each step.
     """
 
-    penalty: Literal["subgradient", "proximal"] = "proximal"
-    strength: Annotated[float, Field(ge=0)] = 0.1
+    method: Literal["auto", "subgradient", "proximal"] = "auto"
+    target_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.87
+    strength: Annotated[float, Field(ge=0)] = 0.2
     from_baseline: bool = True
 
 

@@ -1,7 +1,7 @@
 """Batches of lines of like width, in an order that is a function of (seed, epoch)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from crnn.data.augment import augment
 from crnn.data.images import HEIGHT, fit_line
 from crnn.data.render import generator
 from crnn.data.sources import Source
-from crnn.settings import AugmentSettings
+from crnn.settings import AugmentSettings, TrainSettings
 
 BUCKET = 16
 """Lines are padded to the next multiple of this width, in pixels."""
@@ -32,6 +32,7 @@ class Batch:
         targets: Class numbers of all labels one after another, int64.
         target_lengths: (N,), int64.
         labels: The texts.
+        names: What a person calls the samples.
         indices: Numbers of the samples in their source.
     """
 
@@ -40,11 +41,12 @@ class Batch:
     targets: Tensor
     target_lengths: Tensor
     labels: list[str]
+    names: list[str]
     indices: list[int]
 
 
 @dataclass(frozen=True)
-class Lines(Dataset[tuple[np.ndarray, str, int]]):
+class Lines:
     """The usable samples of a source, as training or evaluation reads them.
 
     Attributes:
@@ -53,6 +55,7 @@ class Lines(Dataset[tuple[np.ndarray, str, int]]):
         widths: (S,) their widths after scaling to 32 px high.
         charset: Classes of the labels.
         max_width: Widest line in pixels; wider ones are squeezed.
+        workers: Loader processes; they change the speed alone.
     """
 
     source: Source
@@ -60,14 +63,15 @@ class Lines(Dataset[tuple[np.ndarray, str, int]]):
     widths: np.ndarray
     charset: Charset
     max_width: int
+    workers: int = 0
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def image(self, position: int) -> "np.ndarray":
-        """Pixels of a line, (32, w, 3), uint8."""
-        image = self.source.image(int(self.indices[position]))
-        return np.asarray(fit_line(image, self.max_width))
+    def sample(self, count: int) -> "Lines":
+        """At most `count` of the lines, evenly spaced."""
+        chosen = np.arange(0, len(self), max(1, len(self) // count))[:count]
+        return replace(self, indices=self.indices[chosen], widths=self.widths[chosen])
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -112,29 +116,25 @@ class _View(Dataset[tuple[np.ndarray, str, int]]):
             targets=torch.tensor([c for label in classes for c in label]),
             target_lengths=torch.tensor([len(label) for label in classes]),
             labels=list(labels),
+            names=[self.lines.source.name(index) for index in indices],
             indices=list(indices),
         )
 
 
 def training_batches(
-    lines: Lines,
-    batch_size: int,
-    change: AugmentSettings | None,
-    seed: int,
-    epoch: int,
-    workers: int,
+    lines: Lines, settings: TrainSettings, seed: int, epoch: int
 ) -> DataLoader[Batch]:
-    """Every line once, shuffled and augmented as (seed, epoch) say, whatever the workers."""
-    view = _View(lines, change, (seed, epoch))
-    return _loader(view, _shuffled(lines.widths, batch_size, generator(seed, epoch)), workers)
+    """Every line once, shuffled and augmented as (seed, epoch) say."""
+    view = _View(lines, settings.augment, (seed, epoch))
+    return _loader(view, _shuffled(lines.widths, settings.batch_size, generator(seed, epoch)))
 
 
-def evaluation_batches(lines: Lines, batch_size: int, workers: int) -> DataLoader[Batch]:
+def evaluation_batches(lines: Lines, batch_size: int = 64) -> DataLoader[Batch]:
     """Every line once, unchanged, in batches that never mix widths of two buckets."""
     order = np.argsort(lines.widths, kind="stable")
     buckets = np.split(order, np.flatnonzero(np.diff(_bucket(lines.widths[order]))) + 1)
     batches = [chunk for bucket in buckets for chunk in _chunks(bucket, batch_size)]
-    return _loader(_View(lines, None, (0, 0)), batches, workers)
+    return _loader(_View(lines, None, (0, 0)), batches)
 
 
 def _bucket(widths: np.ndarray) -> np.ndarray:
@@ -160,11 +160,12 @@ def _shuffled(widths: np.ndarray, size: int, rng: np.random.Generator) -> list[n
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _loader(view: _View, batches: list[np.ndarray], workers: int) -> DataLoader[Batch]:
+def _loader(view: _View, batches: list[np.ndarray]) -> DataLoader[Batch]:
+    workers = min(view.lines.workers, len(batches))
     return DataLoader(
         view,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=min(workers, len(batches)),
+        num_workers=workers,
         collate_fn=view.collate,
-        prefetch_factor=4 if workers and batches else None,
+        prefetch_factor=4 if workers else None,
     )

@@ -115,8 +115,8 @@ def refuse_bad(checks: list[Checked]) -> None:
     listed = "".join(f"\n  {b.split} {b.name}: {b.reason} ({b.detail})" for b in bad[:LISTED])
     more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
     raise DataError(
-        f"{len(bad)} of {sum(c.total for c in checks)} samples cannot be used ({counts}); mend them,"
-        f" or leave them out with --set data.on_bad_sample=skip:{listed}{more}"
+        f"{len(bad)} of {sum(c.total for c in checks)} samples cannot be used ({counts}); mend"
+        f" them, or leave them out with --set data.on_bad_sample=skip:{listed}{more}"
     )
 
 

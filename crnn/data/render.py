@@ -36,7 +36,8 @@ def fonts_for(alphabet: str) -> tuple[Path, ...]:
         DataError: No font has them all.
     """
     spec = importlib.util.find_spec("matplotlib")
-    assert spec and spec.origin
+    assert spec is not None
+    assert spec.origin is not None
     folder = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
     names = [folder / f"{family}{style}.ttf" for family in FAMILIES for style in STYLES]
     wanted = {ord(character) for character in alphabet if not character.isspace()}
@@ -114,7 +115,8 @@ def _background(shape: tuple[int, ...], paper: np.ndarray, rng: np.random.Genera
     ramp = (
         tilt_x * np.arange(width)[None, :] // width + tilt_y * np.arange(height)[:, None] // height
     )
-    return paper + ramp[..., None]
+    lit: np.ndarray = paper + ramp[..., None]
+    return lit
 
 
 def _blend(
@@ -124,14 +126,17 @@ def _blend(
     coverage = mask.astype(np.int64)
     for _ in range(rng.integers(0, 3)):
         coverage = _smooth(_smooth(coverage).T).T
-    pixels = (background * (255 - coverage[..., None]) + ink * coverage[..., None]) // 255
+    cover = coverage[..., None]
+    pixels: np.ndarray = (background * (255 - cover) + ink * cover) // 255
     # The sum of four uniform integers is close enough to a normal distribution.
     amplitude = int(rng.integers(0, 12))
     noise = rng.integers(-amplitude, amplitude + 1, (4, *mask.shape)).sum(0) // 2
-    return (pixels + noise[..., None]).clip(0, 255).astype(np.uint8)
+    noisy: np.ndarray = (pixels + noise[..., None]).clip(0, 255).astype(np.uint8)
+    return noisy
 
 
 def _smooth(rows: np.ndarray) -> np.ndarray:
     """Binomial 1-2-1 blur along the last axis, in integers."""
     padded = np.pad(rows, ((0, 0), (1, 1)), mode="edge")
-    return (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) // 4
+    smooth: np.ndarray = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) // 4
+    return smooth

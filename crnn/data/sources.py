@@ -71,7 +71,8 @@ class LabelFile:
         ends = np.flatnonzero(data == ord("\n"))
         starts = np.concatenate([[3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0], ends + 1])
         starts = starts[starts < len(data)]
-        return starts[(data[starts] != ord("\n")) & (data[starts] != ord("\r"))]
+        lines: np.ndarray = starts[(data[starts] != ord("\n")) & (data[starts] != ord("\r"))]
+        return lines
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "root": self.root}

@@ -36,7 +36,8 @@ class Recogniser(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             # Recurrent sums lose digits in bf16, and this part is a small share of the time.
             frames, _ = self.rnn(features.to(self.head.weight.dtype))
-            return self.head(frames)
+            logits: Tensor = self.head(frames)
+            return logits
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,74 @@
+"""Small real parts shared by the tests: rendered lines on disk, and a state folder of their own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crnn.charset import Charset
+from crnn.data.batches import Lines
+from crnn.data.images import fit_line
+from crnn.data.render import render_line
+from crnn.data.sources import Rendered
+from crnn.networks.recogniser import Recogniser
+from crnn.settings import ModelSettings, TextSettings
+
+DIGITS = TextSettings(alphabet="0123456789", min_length=1, max_length=4)
+
+
+@pytest.fixture(autouse=True)
+def _state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tests share the machine; a second thread costs more than it gives on networks this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rendered_lines(count: int, seed: int = 0, text: TextSettings = DIGITS) -> Lines:
+    """Rendered samples ready for training."""
+    source = Rendered(count, seed, text)
+    widths = [fit_line(source.image(i), 320).width for i in range(count)]
+    charset = Charset(text.alphabet)
+    return Lines(source, np.arange(count), np.array(widths, np.int32), charset, 320)
+
+
+@pytest.fixture(scope="session")
+def lines() -> Lines:
+    return rendered_lines(40)
+
+
+def random_recogniser(width: float = 0.1, classes: int = 11, seed: int = 0) -> Recogniser:
+    """A float64 network whose BatchNorms are not at their start, which would hide mistakes."""
+    torch.manual_seed(seed)
+    model = Recogniser(ModelSettings(width=width, hidden=8), classes).double().eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.weight, 0.0, 1.0)
+            torch.nn.init.normal_(layer.bias, 0.0, 0.5)
+            layer.running_mean.normal_(0, 0.5)
+            layer.running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.fixture
+def label_folder(tmp_path: Path) -> Path:
+    """A data root with train.txt (24 lines), val.txt (8) and charset.txt of rendered digits."""
+    root = tmp_path / "lines"
+    (root / "images").mkdir(parents=True)
+    for split, numbers in (("train", range(24)), ("val", range(24, 32))):
+        entries = []
+        for number in numbers:
+            image, label = render_line(7, number, DIGITS)
+            image.save(root / "images" / f"{number}.png")
+            entries.append(f"images/{number}.png\t{label}\n")
+        (root / f"{split}.txt").write_text("".join(entries), encoding="utf-8")
+    (root / "charset.txt").write_text("0123456789", encoding="utf-8")
+    return root

@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from crnn.data.batches import BUCKET, Lines, evaluation_batches, normalise, pad, training_batches
+from crnn.settings import AugmentSettings, TrainSettings
+
+PLAIN = TrainSettings(epochs=1, batch_size=4)
+
+
+def test_an_epoch_has_every_line_once(lines: Lines) -> None:
+    for batches in (training_batches(lines, PLAIN, 0, 0), evaluation_batches(lines, 4)):
+        seen = [index for batch in batches for index in batch.indices]
+        assert sorted(seen) == list(range(len(lines)))
+
+
+def test_order_and_pixels_depend_on_seed_and_epoch_alone(lines: Lines) -> None:
+    def epoch(seed: int, number: int, workers: int = 0) -> list[torch.Tensor]:
+        batches = training_batches(replace(lines, workers=workers), PLAIN, seed, number)
+        return [batch.images for batch in batches]
+
+    first = epoch(0, 0)
+    for same in (epoch(0, 0), epoch(0, 0, workers=2)):
+        assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    for other in (epoch(0, 1), epoch(1, 0)):
+        assert any(a.shape != b.shape or (a != b).any() for a, b in zip(first, other, strict=False))
+
+
+def test_evaluation_batches_hold_one_bucket_each(lines: Lines) -> None:
+    for batch in evaluation_batches(lines, 4):
+        buckets = {-(-int(width) // BUCKET) for width in batch.widths}
+        assert len(buckets) == 1
+        assert batch.images.shape[1:] == (3, 32, BUCKET * buckets.pop())
+
+
+def test_lines_are_padded_on_the_right_with_what_becomes_zero() -> None:
+    images = pad([np.full((32, 5, 3), 255, np.uint8), np.zeros((32, 18, 3), np.uint8)])
+    assert images.shape == (2, 3, 32, 32)
+    floats = normalise(images)
+    assert floats[0, :, :, :5].unique().tolist() == [1.0]
+    assert floats[0, :, :, 5:].abs().max() < 0.005
+    assert floats[1, :, :, :18].unique().tolist() == [-1.0]
+
+
+def test_targets_are_the_labels_one_after_another(lines: Lines) -> None:
+    batch = next(iter(evaluation_batches(lines, 4)))
+    assert batch.target_lengths.tolist() == [len(label) for label in batch.labels]
+    assert batch.targets.tolist() == [c for lab in batch.labels for c in lines.charset.encode(lab)]
+    assert [lines.source.label(i) for i in batch.indices] == batch.labels
+
+
+def test_a_sample_of_lines_is_spread_over_them(lines: Lines) -> None:
+    assert lines.sample(4).indices.tolist() == [0, 10, 20, 30]
+    assert len(lines.sample(1000)) == len(lines)
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.5])
+def test_augmentation_probabilities_are_shares(probability: float) -> None:
+    with pytest.raises(ValueError, match="jpeg"):
+        AugmentSettings(jpeg=probability)

@@ -1,0 +1,105 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from crnn.charset import Charset
+from crnn.checkpoint import Checkpoint, load_checkpoint, load_run, save_checkpoint, save_run
+from crnn.data.batches import Lines
+from crnn.errors import CheckpointError
+from crnn.networks.recogniser import Recogniser
+from crnn.settings import ModelSettings, TrainSettings
+from crnn.training import fit, start
+from pruning.gammas import absolute_gammas
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings
+from pruning.surgery import cut
+
+DIGITS = Charset("0123456789")
+
+
+def small(seed: int = 0) -> Recogniser:
+    torch.manual_seed(seed)
+    model = Recogniser(ModelSettings(width=0.1, hidden=8), DIGITS.classes).eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0, 1)
+    return model
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.62, 0.87])
+def test_a_network_of_any_widths_comes_back_to_the_same_bits(tmp_path: Path, ratio: float) -> None:
+    model = small()
+    model = cut(model, keep_masks(absolute_gammas(model), ratio, PruneSettings())).eval()
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, Checkpoint(model, DIGITS, 160, "prune"))
+    loaded = load_checkpoint(path)
+    assert (loaded.charset, loaded.max_width, loaded.stage) == (DIGITS, 160, "prune")
+    images = torch.randn(2, 3, 32, 64)
+    with torch.inference_mode():
+        assert torch.equal(model(images), loaded.model(images))
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(CheckpointError, match="no checkpoint file"):
+        load_checkpoint(path)
+    path.write_bytes(pickle.dumps({"weights": [1, 2]}))
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load_checkpoint(path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="no checkpoint of this program"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("head.bias"), "missing tensors"),
+        (lambda t, m: t.update(extra=torch.zeros(1)), "unknown"),
+        (lambda t, m: t.update({"head.bias": torch.zeros(10**6)}), "at most"),
+        (lambda t, m: t.update({"cnn.1.weight": torch.zeros(3)}), "do not fit"),
+        (lambda t, m: t.update({"cnn.0.weight": torch.zeros(0, 3, 3, 3)}), "at most"),
+        (lambda t, m: m.update(charset="01"), "at most"),
+        (lambda t, m: m.update(charset="00"), "metadata"),
+        (lambda t, m: m.update(model="{}x"), "metadata"),
+        (lambda t, m: m.pop("geometry"), "metadata"),
+    ],
+)
+def test_tampered_checkpoints_are_refused(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, Checkpoint(small(), DIGITS, 160, "baseline"))
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_resumed_training_ends_in_the_same_bits(tmp_path: Path, lines: Lines) -> None:
+    settings = TrainSettings(epochs=3, batch_size=8)
+    straight = start(small(), settings, seed=5)
+    fit(straight, lines, settings)
+
+    path = tmp_path / "state.safetensors"
+    halted = start(small(), settings, seed=5)
+
+    def halt(_: dict[str, float]) -> None:
+        save_run(path, halted)
+        if halted.epoch == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(halted, lines, settings, on_epoch=halt)
+    resumed = load_run(path, small(seed=9), settings)
+    assert (resumed.epoch, resumed.seed) == (2, 5)
+    fit(resumed, lines, settings)
+
+    expected = straight.model.state_dict()
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

@@ -1,0 +1,112 @@
+import pickle
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+
+from crnn.data.sources import LabelFile, Lmdb, Rendered, Source, open_source
+from crnn.errors import DataError
+from crnn.settings import DataSettings, TextSettings
+
+
+def write_lmdb(folder: Path, root: Path, count: int = 8) -> Path:
+    """The val split of a label folder as an LMDB."""
+    labels = LabelFile(root / "val.txt", root)
+    with (
+        lmdb.open(str(folder), map_size=1 << 24) as environment,
+        environment.begin(write=True) as t,
+    ):
+        t.put(b"num-samples", str(count).encode())
+        for index in range(len(labels)):
+            t.put(f"image-{index + 1:09d}".encode(), (root / labels.name(index)).read_bytes())
+            t.put(f"label-{index + 1:09d}".encode(), labels.label(index).encode())
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "\n", "\n\n"])
+def test_label_files_with_any_line_end_read_the_same(
+    tmp_path: Path, encoding: str, newline: str, last: str
+) -> None:
+    path = tmp_path / "labels.txt"
+    text = "a.png\tone two\n\nb/c.png\t 京A\t".replace("\n", newline) + last.replace("\n", newline)
+    path.write_bytes(text.encode(encoding))
+    source = LabelFile(path, tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["a.png", "b/c.png"]
+    assert [source.label(i) for i in range(len(source))] == ["one two", " 京A\t"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"no tab here", "no tab"),
+        (b"a.png\t\xff", "not UTF-8"),
+        (b"../a.png\tx", "out of the data root"),
+        (b"/etc/passwd\tx", "out of the data root"),
+        (b"gone.png\tx", "cannot read image file"),
+    ],
+)
+def test_each_fault_of_a_label_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes(line + b"\n")
+    source = LabelFile(path, tmp_path)
+    with pytest.raises(DataError, match=message):
+        source.image(0)
+
+
+def test_lmdb_reads_as_the_label_file_it_was_made_from(label_folder: Path, tmp_path: Path) -> None:
+    labels = LabelFile(label_folder / "val.txt", label_folder)
+    source = Lmdb(write_lmdb(tmp_path / "db", label_folder))
+    assert len(source) == len(labels) == 8
+    for index in range(8):
+        assert source.label(index) == labels.label(index)
+        assert (np.asarray(source.image(index)) == np.asarray(labels.image(index))).all()
+
+
+def test_lmdb_faults_are_named(label_folder: Path, tmp_path: Path) -> None:
+    source = Lmdb(write_lmdb(tmp_path / "db", label_folder, count=9))
+    with pytest.raises(DataError, match="image-000000009"):
+        source.image(8)
+    with pytest.raises(DataError, match="no LMDB"):
+        Lmdb(tmp_path)
+    with pytest.raises(DataError, match="num-samples"):
+        len(Lmdb(write_lmdb(tmp_path / "none", label_folder, count="many")))  # type: ignore[arg-type]
+
+
+def every_source(label_folder: Path, tmp_path: Path) -> list[Source]:
+    return [
+        LabelFile(label_folder / "val.txt", label_folder),
+        Lmdb(write_lmdb(tmp_path / "db", label_folder)),
+        Rendered(8, 3, TextSettings()),
+    ]
+
+
+def test_sources_survive_the_way_to_another_process(label_folder: Path, tmp_path: Path) -> None:
+    for source in every_source(label_folder, tmp_path):
+        image = source.image(2)
+        copy = pickle.loads(pickle.dumps(source))
+        assert copy.image(2).tobytes() == image.tobytes()
+
+
+def test_the_digest_changes_with_a_label_and_with_a_pixel(label_folder: Path) -> None:
+    source = LabelFile(label_folder / "val.txt", label_folder)
+    before = source.digest()
+    assert LabelFile(label_folder / "val.txt", label_folder).digest() == before
+    first = label_folder / source.name(0)
+    image = source.image(0)
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(first)
+    assert LabelFile(label_folder / "val.txt", label_folder).digest() != before
+
+
+def test_the_kind_of_source_follows_from_what_is_there(label_folder: Path) -> None:
+    write_lmdb(label_folder / "db", label_folder)
+    settings = DataSettings(root=str(label_folder), train=5, val="db")
+    assert isinstance(open_source(settings, "train", 0), Rendered)
+    assert isinstance(open_source(settings, "val", 0), Lmdb)
+    with pytest.raises(DataError, match="no label file"):
+        open_source(DataSettings(root=str(label_folder), train="gone.txt", val=1), "train", 0)
+    with pytest.raises(DataError, match=r"data\.root"):
+        open_source(DataSettings(root="/nowhere", train="a.txt", val=1), "train", 0)

@@ -1,0 +1,116 @@
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from crnn.errors import SettingsError
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings
+
+LAYERS = (64, 64, 128, 128, 256, 256, 512, 512, 512, 512)
+
+# Few distinct values, so that ties abound.
+gamma_layers = st.lists(
+    st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=12),
+    min_size=1,
+    max_size=5,
+).map(lambda layers: [torch.tensor(layer) for layer in layers])
+ratios = st.integers(0, 9999).map(lambda basis_points: basis_points / 10_000)
+floors = st.builds(
+    PruneSettings,
+    min_channels=st.integers(1, 4),
+    min_ratio=st.sampled_from([0.0, 0.12, 0.5]),
+    round_to=st.sampled_from([1, 2, 8]),
+    selection=st.sampled_from(["exact", "reference"]),
+)
+
+
+def kept(masks: list[Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks)
+
+
+def brute_force_exact(gammas: list[Tensor], ratio: float) -> list[list[bool]]:
+    """Sort (|gamma|, layer, channel) tuples and strike out the first floor(N x ratio)."""
+    entries = sorted(
+        (abs(float(g)), layer, channel)
+        for layer, values in enumerate(gammas)
+        for channel, g in enumerate(values)
+    )
+    gone = {entry[1:] for entry in entries[: len(entries) * Fraction(str(ratio)) // 1]}
+    return [[(i, c) not in gone for c in range(len(g))] for i, g in enumerate(gammas)]
+
+
+def test_reference_keeps_the_article_s_1118_of_2944_channels() -> None:
+    gammas = list(torch.rand(sum(LAYERS)).split(LAYERS))
+    assert kept(keep_masks(gammas, 0.62, PruneSettings(selection="reference"))) == 1118
+    assert kept(keep_masks(gammas, 0.62, PruneSettings(selection="exact"))) == 1119
+
+
+@given(gamma_layers, ratios)
+def test_exact_removes_exactly_the_floor_of_n_times_ratio(
+    gammas: list[Tensor], ratio: float
+) -> None:
+    total = sum(len(g) for g in gammas)
+    wanted = total * Fraction(str(ratio)) // 1
+    if wanted > total - len(gammas):
+        with pytest.raises(SettingsError, match="largest ratio"):
+            keep_masks(gammas, ratio, PruneSettings())
+        return
+    masks = keep_masks(gammas, ratio, PruneSettings())
+    assert total - kept(masks) == wanted
+    expected = brute_force_exact(gammas, ratio)
+    if all(any(layer) for layer in expected):
+        assert [mask.tolist() for mask in masks] == expected
+
+
+@given(gamma_layers, ratios, ratios, floors)
+def test_a_higher_ratio_keeps_a_subset(
+    gammas: list[Tensor], one: float, other: float, settings: PruneSettings
+) -> None:
+    low, high = sorted((one, other))
+    try:
+        fewer = keep_masks(gammas, high, settings)
+    except SettingsError:
+        return
+    more = keep_masks(gammas, low, settings)
+    assert all((m | ~f).all() for m, f in zip(more, fewer, strict=True))
+
+
+@given(gamma_layers, ratios, floors)
+def test_every_layer_keeps_its_largest_up_to_the_floor(
+    gammas: list[Tensor], ratio: float, settings: PruneSettings
+) -> None:
+    try:
+        masks = keep_masks(gammas, ratio, settings)
+    except SettingsError:
+        return
+    for gamma, mask in zip(gammas, masks, strict=True):
+        channels = len(gamma)
+        floor = max(settings.min_channels, -(-channels * Fraction(str(settings.min_ratio)) // 1))
+        assert mask.sum() >= min(channels, floor)
+        if not mask.all():
+            assert mask.sum() % settings.round_to == 0
+            assert gamma.abs()[mask].min() >= gamma.abs()[~mask].max()
+
+
+def test_what_a_floor_saves_is_taken_elsewhere() -> None:
+    gammas = [torch.full((10,), 0.01), torch.linspace(0.5, 1, 30)]
+    masks = keep_masks(gammas, 0.5, PruneSettings(min_ratio=0.3))
+    assert [int(mask.sum()) for mask in masks] == [3, 17]
+
+
+def test_the_error_names_the_largest_ratio_and_that_ratio_works() -> None:
+    gammas = [torch.rand(8), torch.rand(16)]
+    settings = PruneSettings(min_channels=4)
+    with pytest.raises(SettingsError, match=r"largest ratio is 0\.6666"):
+        keep_masks(gammas, 0.75, settings)
+    assert kept(keep_masks(gammas, 0.6666, settings)) >= 8
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
+def test_ratios_outside_the_interval_are_refused(ratio: float) -> None:
+    with pytest.raises(SettingsError, match=r"\[0, 1\)"):
+        keep_masks([torch.rand(4)], ratio, PruneSettings())

@@ -1,0 +1,138 @@
+"""The cut network against the uncut one, in float64, with statistics that hide nothing."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crnn.networks.recogniser import Recogniser
+from pruning.gammas import absolute_gammas, prunable
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings
+from pruning.surgery import LSTM_INPUTS, cut, mean_activations
+from tests.conftest import random_recogniser
+
+
+def silence(model: Recogniser, masks: list[Tensor], beta: float = 0.0) -> None:
+    """Gamma of the channels to be cut to zero, their beta to a constant."""
+    with torch.no_grad():
+        for layer, mask in zip(prunable(model).values(), masks, strict=True):
+            layer.weight[~mask] = 0
+            layer.bias[~mask] = beta
+
+
+def random_masks(model: Recogniser, ratio: float, min_channels: int = 1) -> list[Tensor]:
+    settings = PruneSettings(min_channels=min_channels)
+    return keep_masks(absolute_gammas(model), ratio, settings)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.62, 0.75, 0.87])
+def test_cutting_silent_channels_changes_nothing(ratio: float) -> None:
+    model = random_recogniser(width=0.15)
+    masks = random_masks(model, ratio)
+    silence(model, masks)
+    compact = cut(model, masks).eval()
+    assert [len(g) for g in absolute_gammas(compact)] == [int(m.sum()) for m in masks]
+    images = torch.randn(2, 3, 32, 96, dtype=torch.float64)
+    with torch.inference_mode():
+        assert (model(images) - compact(images)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("layer", range(10))
+def test_a_layer_may_be_left_with_one_channel(layer: int) -> None:
+    model = random_recogniser()
+    masks = [torch.ones(len(g), dtype=torch.bool) for g in absolute_gammas(model)]
+    masks[layer][:] = False
+    masks[layer][-1] = True
+    silence(model, masks)
+    compact = cut(model, masks).eval()
+    images = torch.randn(2, 3, 32, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        assert (model(images) - compact(images)).abs().max() < 1e-9
+
+
+def test_both_directions_of_the_lstm_lose_the_same_inputs() -> None:
+    model = random_recogniser()
+    masks = [torch.ones(len(g), dtype=torch.bool) for g in absolute_gammas(model)]
+    masks[-1][::2] = False
+    compact = cut(model, masks)
+    for name in LSTM_INPUTS:
+        kept = model.get_parameter(name)[:, masks[-1]]
+        assert torch.equal(compact.get_parameter(name), kept)
+
+
+def test_the_uncut_network_is_left_as_it_is() -> None:
+    model = random_recogniser()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    masks = random_masks(model, 0.5)
+    cut(model, masks, [torch.ones(len(mask), dtype=torch.float64) for mask in masks])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def constant_channels(beta: float) -> tuple[Recogniser, list[Tensor], Tensor]:
+    model = random_recogniser(width=0.15)
+    masks = random_masks(model, 0.6)
+    silence(model, masks, beta)
+    return model, masks, torch.randn(2, 3, 32, 480, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("beta", [0.7, -0.7])
+def test_mean_activations_of_silent_channels_are_relu_of_beta(beta: float) -> None:
+    model, masks, images = constant_channels(beta)
+    for mean, mask in zip(mean_activations(model, [images]), masks, strict=True):
+        assert torch.allclose(mean[~mask], torch.full_like(mean[~mask], max(beta, 0)))
+
+
+def test_compensation_is_exact_away_from_the_padded_border() -> None:
+    """The closed form: W_removed times the constant moves into the next running mean.
+
+    A position sees the padding if its receptive field does. Height is reduced from 32 to 1, so
+    every frame sees the upper border; the convolutions are therefore compared one by one, and the
+    whole network with its padding filled as if the channel went on beyond the border.
+    """
+    model, masks, images = constant_channels(0.7)
+    means = mean_activations(model, [images])
+    compact, dropped = cut(model, masks, means).eval(), cut(model, masks).eval()
+    with torch.inference_mode():
+        whole = border_free(model, images, masks, means)
+        folded = border_free(compact, images, None, means)
+        lost = border_free(dropped, images, None, means)
+    assert (whole - folded).abs().max() < 1e-9
+    assert (whole - lost).abs().max() > 1e-2
+
+
+def border_free(
+    model: Recogniser, images: Tensor, masks: list[Tensor] | None, means: list[Tensor]
+) -> Tensor:
+    """Logits with every constant channel padded by its own value instead of zero.
+
+    Args:
+        model: Uncut with masks, or compact without.
+        images: (N, 3, 32, W).
+        masks: Channels that are constant are False; None where they are gone already.
+        means: Their values.
+    """
+    x, layer = images, 0
+    for module in model.cnn:
+        if isinstance(module, nn.Conv2d):
+            padded = nn.functional.pad(x, (1, 1, 1, 1))
+            if masks is not None and layer > 0:
+                border = torch.ones_like(padded[:1, :1])
+                border[..., 1:-1, 1:-1] = 0
+                constant = torch.where(masks[layer - 1], 0.0, means[layer - 1])
+                padded = padded + border * constant[:, None, None]
+            x = nn.functional.conv2d(padded, module.weight, stride=module.stride)
+            layer += 1
+        else:
+            x = module(x)
+    return model.head(model.rnn(x.squeeze(2).permute(2, 0, 1))[0])
+
+
+def test_compensation_keeps_more_readings_than_dropping() -> None:
+    model, masks, images = constant_channels(0.4)
+    means = mean_activations(model, [images])
+    with torch.inference_mode():
+        truth = model(images).argmax(2)
+        folded = (cut(model, masks, means).eval()(images).argmax(2) == truth).float().mean()
+        dropped = (cut(model, masks).eval()(images).argmax(2) == truth).float().mean()
+    assert folded > 0.9
+    assert folded > dropped + 0.1
