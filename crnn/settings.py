@@ -4,9 +4,9 @@ Every field here changes the result, so each is part of a stage's cache key. Wha
 (devices, loader workers, paths) is decided elsewhere.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PLAIN_ALPHABET = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 """Digits and capitals without I and O, which many fonts draw like 1 and 0."""
@@ -73,3 +73,16 @@ class TrainSettings(Settings):
     clip_norm: Annotated[float, Field(gt=0)] = 5.0
     precision: Literal["auto", "float32"] = "auto"
     augment: AugmentSettings = AugmentSettings()
+
+
+class BaselineSettings(TrainSettings):
+    """The baseline stage. From a checkpoint it may also train no epoch at all."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    checkpoint: str | None = None
+
+    @model_validator(mode="after")
+    def _trained_somewhere(self) -> Self:
+        if self.epochs == 0 and self.checkpoint is None:
+            raise ValueError("epochs may be 0 only where a checkpoint is given")
+        return self

@@ -142,12 +142,10 @@ def _epoch(
     run.model.train()
     steps, total, lines = len(batches), 0.0, 0
     for step, batch in enumerate(batches):
-        loss = _loss(run.model, batch, settings.precision)
-        value = float(loss.detach())
+        progress = (run.epoch * steps + step) / (settings.epochs * steps)
+        value = train_step(run, batch, progress, settings, penalty)
         if not math.isfinite(value):
             raise _non_finite(value, run.epoch, step, batch)
-        done = run.epoch * steps + step
-        _step(run, loss, done / (settings.epochs * steps), settings, penalty)
         total += value * len(batch.names)
         lines += len(batch.names)
         if on_step:
@@ -155,17 +153,26 @@ def _epoch(
     return total / lines
 
 
-def _loss(model: Recogniser, batch: Batch, precision: str) -> Tensor:
-    device = model.head.weight.device
+def train_step(
+    run: Run, batch: Batch, progress: float, settings: TrainSettings, penalty: Penalty
+) -> float:
+    """Take one optimizer step and return the loss; a loss that is not finite takes none.
+
+    Args:
+        run: Changed in place; its network should be in channels_last and in training mode.
+        batch: Lines.
+        progress: Share of all steps done, in [0, 1).
+        settings: Schedule, precision.
+        penalty: Sparsity.
+    """
+    device = run.model.head.weight.device
     images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
-    with autocast(device, precision):
-        logits = model(images)
-    return ctc_loss(logits, batch, model.stride)
-
-
-def _step(
-    run: Run, loss: Tensor, progress: float, settings: TrainSettings, penalty: Penalty
-) -> None:
+    with autocast(device, settings.precision):
+        logits = run.model(images)
+    loss = ctc_loss(logits, batch, run.model.stride)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return value
     rate = learning_rate_at(progress, settings)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -175,6 +182,7 @@ def _step(
     penalty.before_step(run, rate, progress)
     run.optimizer.step()
     penalty.after_step(run, rate, progress)
+    return value
 
 
 def _non_finite(value: float, epoch: int, step: int, batch: Batch) -> NonFiniteLossError:

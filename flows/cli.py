@@ -22,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED = 130
+KEPT = "finished stages and epochs are kept, run the same command to go on"
+
 ParamsFile = Annotated[
     Path, typer.Argument(help="Experiment file, such as params/quickstart.yaml.")
 ]
@@ -137,6 +140,18 @@ def predict(
         raise typer.Exit(2)
 
 
+@app.command("convert-sroie")
+def convert_sroie(
+    folder: Annotated[Path, typer.Argument(help="Published SROIE folder with img/ and box/.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the line crops and label files.")],
+) -> None:
+    """Cut receipts of ICDAR 2019 SROIE into lines, with label files that params files can name."""
+    from crnn.data.sroie import convert
+
+    for what, count in convert(folder, target).items():
+        print(f"{what}: {count}")
+
+
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
     """Serve MLflow's UI on the project's runs, on this machine alone."""
@@ -228,22 +243,26 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         app(arguments)
-    except KeyboardInterrupt:
-        _fail(
-            "interrupted; finished stages and epochs are kept, run the same command to go on", 130
-        )
-    except Exception as error:
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            _fail(f"interrupted; {KEPT}", INTERRUPTED)
+        raise
+    except BaseException as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, UserError):
-            _fail(str(error), 2)
-        if isinstance(error, OSError):
-            _fail(
-                f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''};"
-                " finished stages and epochs are kept",
-                2,
-            )
+        _explain(error)
+
+
+def _explain(error: BaseException) -> None:
+    """End with one sentence and the exit code of its kind."""
+    if isinstance(error, UserError):
+        _fail(str(error), 2)
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}; {KEPT}", 2)
+    if isinstance(error, Exception):
         _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+    _fail(f"terminated; {KEPT}", 143)
 
 
 def _fail(message: str, code: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from crnn.charset import Charset
 from crnn.data.sources import open_source
-from crnn.files import write_atomic
+from crnn.errors import CheckpointError
+from crnn.files import sha256, write_atomic
 from crnn.settings import DataSettings, Settings, TrainSettings
 from flows import project
 from flows.cache import Manifest, Stage
@@ -43,9 +44,12 @@ def given_charset(settings: DataSettings) -> str:
 
 
 def baseline_stage(experiment: Experiment, data: Manifest) -> Stage:
-    """The uncut network, trained from scratch."""
+    """The uncut network, trained from scratch or from a checkpoint, whose content counts."""
     settings = _training(experiment, experiment.baseline)
-    settings["model"] = _dump(experiment.model)
+    if experiment.baseline.checkpoint is None:
+        settings["model"] = _dump(experiment.model)
+    else:
+        settings["checkpoint"] = _digest_of_file(Path(experiment.baseline.checkpoint))
     return Stage("baseline", "baseline", settings, {"data": data}, VERSIONS["baseline"])
 
 
@@ -84,7 +88,14 @@ def _training(experiment: Experiment, section: TrainSettings) -> dict[str, Any]:
 
 
 def _dump(settings: Settings) -> dict[str, Any]:
-    return settings.model_dump(mode="json")
+    """Settings as JSON, paths and what is not set left out."""
+    return settings.model_dump(mode="json", exclude={"checkpoint"}, exclude_none=True)
+
+
+def _digest_of_file(path: Path) -> str:
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint file at {path}; set baseline.checkpoint")
+    return sha256(path)
 
 
 def fingerprint(experiment: Experiment) -> str:

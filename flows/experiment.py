@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from crnn.errors import SettingsError
-from crnn.settings import DataSettings, ModelSettings, Settings, TrainSettings
+from crnn.settings import BaselineSettings, DataSettings, ModelSettings, Settings, TrainSettings
 from pruning.settings import PruneSettings, SparseSettings
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -37,7 +37,7 @@ class Experiment(Settings):
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
     data: DataSettings
     model: ModelSettings = ModelSettings()
-    baseline: TrainSettings
+    baseline: BaselineSettings
     sparse: SparseSettings
     prune: PruneSettings = PruneSettings()
     finetune: TrainSettings

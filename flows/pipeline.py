@@ -230,7 +230,7 @@ def run_stage(context: Context, stage: Stage, whole_machine: bool = True) -> Any
             count = total if whole_machine else 1
             with seats(count, total, children.stopping, log):
                 manifest = _compute(context, stage, count / total, lock)
-    context.tracker.finish(manifest)
+        context.tracker.finish(manifest)
     if cached:
         display.say(f"{stage.label}: cached")
         return Completed(name="Cached", message=f"verified {stage.key}", data=manifest)
@@ -273,6 +273,7 @@ def _job(experiment: Experiment, stage: Stage, share: float, folder: Path) -> di
         "settings": stage.settings,
         "data": experiment.data.model_dump(mode="json"),
         "seed": experiment.seed,
+        "checkpoint": experiment.baseline.checkpoint,
         "inputs": {n: str(m.file(m.result).resolve()) for n, m in stage.inputs.items()},
         "folder": str(folder),
         "threads": max(1, cpus - workers),

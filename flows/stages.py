@@ -26,12 +26,12 @@ from crnn.data.check import Checked, check_split, refuse_bad, training_charset
 from crnn.data.images import HEIGHT
 from crnn.data.sources import open_source
 from crnn.devices import best_device, describe
-from crnn.errors import DataError
+from crnn.errors import CheckpointError, DataError
 from crnn.evaluation import evaluate
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.networks.vgg import STRIDE
-from crnn.settings import DataSettings, ModelSettings, TrainSettings
+from crnn.settings import BaselineSettings, DataSettings, ModelSettings, TrainSettings
 from crnn.training import Penalty, fit, start
 from pruning.cost import LINE_WIDTH, latency_ms, macs, parameters
 from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
@@ -219,10 +219,23 @@ def _unseen(work: Work) -> set[int]:
 
 
 def baseline(work: Work) -> tuple[str, dict[str, float]]:
-    """Train the uncut network from scratch."""
-    model = _fresh_model(work)
+    """Train the uncut network, from scratch or from a checkpoint."""
+    model = _given_model(work) if "checkpoint" in work.settings else _fresh_model(work)
     _write_summary(work.out, model)
-    return _train(work, model, TrainSettings.model_validate(work.settings["train"]))
+    settings = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
+    return _train(work, model, BaselineSettings.model_validate(settings))
+
+
+def _given_model(work: Work) -> Recogniser:
+    path = Path(work.job["checkpoint"])
+    given, charset = load_checkpoint(path), _lines(work, "train").charset
+    if given.charset != charset:
+        raise CheckpointError(
+            f"checkpoint {path} reads {len(given.charset.characters)} characters, the data has"
+            f" {len(charset.characters)}, and they are not the same; set data.charset to the"
+            " charset the checkpoint was trained with"
+        )
+    return given.model
 
 
 def sparse(work: Work) -> tuple[str, dict[str, float]]:
@@ -338,8 +351,9 @@ def _train(
     work.emit({"event": "begin", "epoch": run.epoch, "epochs": settings.epochs})
     fit(run, lines, settings, penalty, after_step, after_epoch)
     _save_model(work, work.out / MODEL, run.model)
-    final = {name: value for name, value in records[-1].items() if name != "epoch"}
-    return MODEL, final
+    if not records:
+        return MODEL, {**evaluate(run.model, val, unseen), **gamma_statistics(run.model)}
+    return MODEL, {name: value for name, value in records[-1].items() if name != "epoch"}
 
 
 def _save_model(work: Work, path: Path, model: Recogniser) -> None:

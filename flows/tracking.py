@@ -19,10 +19,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from flows import project
-from flows.cache import Manifest, Stage
+from flows.cache import MANIFEST, Manifest, Stage
 from flows.locks import single_flight
 
 HISTORY = "history.jsonl"
+SNAPSHOTS = "snapshots"
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -88,25 +89,24 @@ class Tracker:
     def begin(self, stage: Stage) -> str | None:
         """Open the canonical run of a stage that is about to be computed, or computed on."""
         run_id: str | None = self._try(
-            self._begin, stage.key, stage.name, stage.label, stage.settings
+            self._open, stage.key, stage.name, stage.label, stage.settings
         )
         return run_id
 
-    def _begin(self, key: str, name: str, label: str, settings: dict[str, Any]) -> str:
-        found = self._search(f"tags.stage_key = '{key}'")
-        if found:
-            run_id = found[0].info.run_id
-            self._client.update_run(run_id, status="RUNNING")
-            return str(run_id)
-        tags = {
-            "kind": "stage",
-            "stage": name,
-            "stage_key": key,
-            "git_commit": project.git_commit(),
-        }
-        run = self._client.create_run(str(self.experiment_id), run_name=label, tags=tags)
-        params = [Param(k, str(v)[:6000]) for k, v in _flat(settings).items()]
-        self._client.log_batch(run.info.run_id, params=params)
+    def _find(self, condition: str, value: str) -> Run | None:
+        return next(iter(self._search(f"{condition} = '{value}'")), None)
+
+    def _open(self, key: str, name: str, label: str, settings: dict[str, Any]) -> str:
+        if (found := self._find("tags.stage_key", key)) is not None:
+            self._client.update_run(found.info.run_id, status="RUNNING")
+            return str(found.info.run_id)
+        return self._create(label, {"kind": "stage", "stage": name, "stage_key": key}, settings)
+
+    def _create(self, name: str, tags: dict[str, str], params: dict[str, Any]) -> str:
+        tags = {**tags, "git_commit": project.git_commit()}
+        run = self._client.create_run(str(self.experiment_id), run_name=name, tags=tags)
+        flat = [Param(key, str(value)[:6000]) for key, value in _flat(params).items()]
+        self._client.log_batch(run.info.run_id, params=flat)
         return str(run.info.run_id)
 
     def epochs(self, run_id: str | None, folder: Path) -> None:
@@ -130,19 +130,33 @@ class Tracker:
             self._client.log_batch(run_id, metrics=_metrics(record, step))
 
     def finish(self, manifest: Manifest) -> None:
-        """Complete the run of a finished stage, whatever of it is missing."""
+        """Complete the run of a finished stage, whatever of it is missing.
+
+        The caller holds the stage's lock, so that two processes never complete it at once.
+        """
         if manifest.key not in self._recorded:
             self._try(self._finish, manifest)
 
     def _finish(self, manifest: Manifest) -> None:
-        run_id = self._begin(manifest.key, manifest.stage, manifest.label, manifest.settings)
+        found = self._find("tags.stage_key", manifest.key)
+        if found is None or found.info.status != "FINISHED":
+            run_id = self._open(manifest.key, manifest.stage, manifest.label, manifest.settings)
+            self._complete(run_id, manifest)
+        else:
+            run_id = str(found.info.run_id)
+        self._recorded[manifest.key] = run_id
+
+    def _complete(self, run_id: str, manifest: Manifest) -> None:
         self._epochs(run_id, manifest.folder)
         if not manifest.file(HISTORY).exists():
             self._client.log_batch(run_id, metrics=_metrics(manifest.metrics, 0))
-        self._client.log_artifacts(run_id, str(manifest.folder))
+        for name in [*manifest.files, MANIFEST]:
+            # Snapshots are large, and of use to the cache alone.
+            if not name.startswith(SNAPSHOTS):
+                folder = str(Path(name).parent) if "/" in name else None
+                self._client.log_artifact(run_id, str(manifest.file(name)), folder)
         self._client.set_tag(run_id, "seconds", str(manifest.seconds))
         self._client.set_terminated(run_id, "FINISHED")
-        self._recorded[manifest.key] = run_id
 
     def interrupt(self, run_id: str | None, status: str) -> None:
         """Mark the run of a stage that did not finish as KILLED or FAILED."""
@@ -173,25 +187,23 @@ class Tracker:
     def _sweep(
         self, name: str, key: str, points: list[dict[str, Any]], params: dict[str, Any], files: Path
     ) -> str:
-        found = self._search(f"tags.sweep_key = '{key}' and tags.kind = 'sweep'")
-        if found and found[0].info.status == "FINISHED":
-            return str(found[0].info.run_id)
-        if found:
-            sweep_id = found[0].info.run_id
-        else:
-            tags = {"kind": "sweep", "sweep_key": key, "git_commit": project.git_commit()}
-            run = self._client.create_run(str(self.experiment_id), run_name=name, tags=tags)
-            sweep_id = run.info.run_id
-            flat = [Param(k, str(v)[:6000]) for k, v in _flat(params).items()]
-            self._client.log_batch(sweep_id, params=flat)
-        there = {r.info.run_name for r in self._search(f"tags.mlflow.parentRunId = '{sweep_id}'")}
-        for point in points:
-            if point["point"] not in there:
-                self._point(sweep_id, key, point)
-        self._client.log_dict(sweep_id, params, "experiment.json")
-        self._client.log_artifacts(sweep_id, str(files))
-        self._client.set_terminated(sweep_id, "FINISHED")
-        return str(sweep_id)
+        with single_flight(key, lambda: False, lambda _: None):
+            found = self._find("tags.kind = 'sweep' and tags.sweep_key", key)
+            if found is None:
+                sweep_id = self._create(name, {"kind": "sweep", "sweep_key": key}, params)
+            else:
+                sweep_id = str(found.info.run_id)
+                if found.info.status == "FINISHED":
+                    return sweep_id
+            children = self._search(f"tags.mlflow.parentRunId = '{sweep_id}'")
+            there = {run.info.run_name for run in children}
+            for point in points:
+                if point["point"] not in there:
+                    self._point(sweep_id, key, point)
+            self._client.log_dict(sweep_id, params, "experiment.json")
+            self._client.log_artifacts(sweep_id, str(files))
+            self._client.set_terminated(sweep_id, "FINISHED")
+        return sweep_id
 
     def _point(self, sweep_id: str, key: str, point: dict[str, Any]) -> None:
         tags = {"kind": "point", "sweep_key": key, "mlflow.parentRunId": sweep_id}

@@ -1,0 +1,157 @@
+"""Keys, proof at a hit, and locks between processes that really exist."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import cache, project
+from flows.cache import Manifest, Stage
+from flows.locks import seats, single_flight
+
+
+def stage(**settings: object) -> Stage:
+    return Stage("baseline", "baseline", dict(settings), {}, 1)
+
+
+def publish(settings: dict[str, object]) -> Manifest:
+    """A finished stage of two small files."""
+    made = stage(**settings)
+    out = project.work_folder() / made.key / "out"
+    (out / "sub").mkdir(parents=True)
+    (out / "model.bin").write_bytes(b"weights")
+    (out / "sub" / "more.txt").write_text("more")
+    outcome = {"result": "model.bin", "metrics": {"val/word_accuracy": 0.5}, "seconds": 1.0}
+    return cache.publish(made, out, outcome, "run")
+
+
+def test_keys_depend_on_settings_inputs_and_version_and_have_no_dots() -> None:
+    upstream = publish({"epochs": 1})
+    keys = {
+        stage(ratio=0.62).key,
+        stage(ratio=0.67).key,
+        Stage("baseline", "baseline", {"ratio": 0.62}, {}, 2).key,
+        Stage("prune", "baseline", {"ratio": 0.62}, {}, 1).key,
+        Stage("baseline", "baseline", {"ratio": 0.62}, {"sparse": upstream}, 1).key,
+    }
+    assert len(keys) == 5
+    assert not any("." in key for key in keys)
+    assert Stage("baseline", "another label", {"ratio": 0.62}, {}, 1).key == stage(ratio=0.62).key
+
+
+def test_a_published_stage_is_found_and_its_work_folder_is_gone() -> None:
+    manifest = publish({"epochs": 1})
+    found = cache.find(manifest.key, pytest.fail)
+    assert found == manifest
+    assert found.file("model.bin").read_bytes() == b"weights"
+    assert not (project.work_folder() / manifest.key).exists()
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "model.bin").read_bytes())
+    content[3] ^= 1
+    (folder / "model.bin").write_bytes(content)
+
+
+def lie_about_the_digest(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.bin"]["sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def swap_the_key(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["key"] = "baseline-other"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "model.bin").unlink(), "model.bin is missing"),
+        (
+            lambda folder: (folder / "sub" / "more.txt").write_text("mor"),
+            "more.txt has other bytes",
+        ),
+        (flip_a_bit, "model.bin has other bytes"),
+        (lie_about_the_digest, "model.bin has other bytes"),
+        (swap_the_key, "of another stage"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest unreadable"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest unreadable"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest unreadable"),
+    ],
+)
+def test_damage_is_found_set_aside_and_said(damage, reason: str) -> None:  # type: ignore[no-untyped-def]
+    manifest = publish({"epochs": 1})
+    damage(manifest.folder)
+    said: list[str] = []
+    assert cache.find(manifest.key, said.append) is None
+    assert len(said) == 1
+    assert manifest.key in said[0]
+    assert reason in said[0]
+    assert not manifest.folder.exists()
+    kept = list(project.set_aside_folder().iterdir())
+    assert len(kept) == 1
+    assert (kept[0] / "sub" / "more.txt").exists()
+    assert publish({"epochs": 1}).key == manifest.key
+
+
+HOLD = """
+import sys, time
+from flows.locks import single_flight
+with single_flight(sys.argv[1], lambda: False, print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(key: str) -> subprocess.Popen[str]:
+    """Another process that holds a lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, key], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_waiter_says_for_whom_and_takes_over_when_the_holder_is_killed() -> None:
+    said: list[str] = []
+    with holder("k") as other:
+
+        def log(message: str) -> None:
+            said.append(message)
+            other.send_signal(signal.SIGKILL)
+
+        begun = time.monotonic()
+        with single_flight("k", lambda: False, log):
+            assert time.monotonic() - begun < 5
+    assert said == [f"k: waiting for process {other.pid} on {os.uname().nodename}"]
+
+
+def test_a_wait_can_be_stopped() -> None:
+    with holder("k") as other:
+        with (
+            pytest.raises(Exception, match="stopped while waiting"),
+            single_flight("k", lambda: True, lambda _: None),
+        ):
+            pytest.fail("the lock is held by another process")
+        other.kill()
+
+
+def test_seats_are_shared_and_a_whole_machine_waits_for_all_of_them() -> None:
+    with seats(1, 2, lambda: False, pytest.fail), seats(1, 2, lambda: False, pytest.fail):
+        said: list[str] = []
+        with (
+            pytest.raises(Exception, match="stopped while waiting"),
+            seats(2, 2, lambda: True, said.append),
+        ):
+            pytest.fail("both seats are taken")
+        assert said[0].startswith("waiting for a free core; process")
+    with seats(2, 2, lambda: False, pytest.fail):
+        pass

@@ -1,0 +1,304 @@
+"""The command line as a user meets it: what it prints, and its exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.flows.conftest import TINY, Project, new_project
+from tests.flows.test_pipeline import copy_of
+
+Finished = tuple[Project, dict[str, Any]]
+
+
+def only_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence on standard error."""
+    lines = result.stderr.strip().splitlines()
+    assert "Traceback" not in result.stderr
+    return lines[-1]
+
+
+def test_help_is_fast() -> None:
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "flows.cli", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "frontier" in result.stdout
+    assert time.monotonic() - begun < 2  # 0.15 s on an idle machine; tests may share theirs.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratios", "0.62;0.7"], "--ratios takes numbers with commas"),
+        (["--ratios", "1.0"], "less than 1, not 1.0"),
+        (["--set", "baselin.epochs=1"], "did you mean 'baseline'"),
+        (["--set", "data.root=/nowhere", "--set", "data.train=a.txt"], "data.root /nowhere is no"),
+    ],
+)
+def test_each_mistake_is_one_sentence_and_code_2(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    project = new_project(tmp_path)
+    result = project.run("frontier", str(project.params), *arguments, code=2)
+    assert message in only_line(result)
+
+
+def test_debug_adds_the_traceback(tmp_path: Path) -> None:
+    project = new_project(tmp_path)
+    wrong = ("frontier", str(project.params), "--set", "seed=-1")
+    assert "Traceback" in project.run(*wrong, "--debug", code=2).stderr
+    assert "Traceback" not in project.run(*wrong, code=2).stderr
+
+
+@pytest.fixture
+def labelled(label_folder: Path, tmp_path: Path) -> Project:
+    """The tiny experiment on a label file."""
+    data = {
+        "root": str(label_folder),
+        "train": "train.txt",
+        "val": "val.txt",
+        "charset": "charset.txt",
+        "max_width": 160,
+    }
+    return new_project(tmp_path / "labelled", data=data)
+
+
+def test_check_data_lists_what_cannot_be_used(labelled: Project, label_folder: Path) -> None:
+    clean = labelled.run("check-data", str(labelled.params))
+    assert clean.stdout.splitlines() == [
+        "train: 24 samples, 24 usable",
+        "val: 8 samples, 8 usable",
+    ]
+    with (label_folder / "train.txt").open("a", encoding="utf-8") as file:
+        file.write("images/0.png\t12é\n")
+    Image.new("RGB", (1, 32)).save(label_folder / "images" / "thin.png")
+    with (label_folder / "val.txt").open("a", encoding="utf-8") as file:
+        file.write("images/thin.png\t1\n")
+    result = labelled.run("check-data", str(labelled.params), "--json", code=2)
+    found = json.loads(result.stdout)
+    assert found["counts"]["train"] == {"total": 25, "usable": 24}
+    assert [bad["reason"] for bad in found["bad"]] == [
+        "characters outside the charset",
+        "label too long for CTC",
+    ]
+
+
+def test_bad_samples_are_refused_or_skipped_and_listed(
+    labelled: Project, label_folder: Path
+) -> None:
+    with (label_folder / "train.txt").open("a", encoding="utf-8") as file:
+        file.write("images/gone.png\t1\n")
+    refused = labelled.run("frontier", str(labelled.params), code=2)
+    assert "1 of 33 samples cannot be used (1 unreadable)" in refused.stderr
+    assert "train images/gone.png: unreadable (cannot read image file" in refused.stderr
+    skipped = labelled.frontier("--set", "data.on_bad_sample=skip")
+    assert skipped["rows"][0]["val/samples"] == 8
+    manifest = labelled.manifests()["data"]
+    listed = (labelled.home / "stages" / manifest["key"] / "bad_samples.csv").read_text()
+    assert "train,images/gone.png,unreadable,cannot read image file" in listed
+    assert manifest["metrics"]["data/bad_samples"] == 1
+
+
+def test_an_empty_data_set_is_refused(labelled: Project, label_folder: Path) -> None:
+    (label_folder / "val.txt").write_text("")
+    result = labelled.run("frontier", str(labelled.params), code=2)
+    assert "the val split has no usable sample" in only_line(result)
+
+
+def test_preview_shows_the_cuts_the_pipeline_makes(finished: Finished) -> None:
+    project, result = finished
+    cuts = json.loads(project.run("preview", str(project.params), "--json").stdout)
+    for cut, row in zip(cuts, result["rows"][1:], strict=True):
+        assert cut["params"] == row["cost/params_total"]
+        assert cut["macs"] == row["cost/macs"]
+        assert cut["bytes"] == pytest.approx(row["cost/bytes"], rel=0.5)
+        assert len(cut["widths"]) == 10
+    table = project.run("preview", str(project.params), "--ratios", "0.1,0.5").stdout
+    assert "0.5" in table
+
+
+def test_preview_needs_a_sparse_stage_and_a_ratio_within_the_floors(
+    finished: Finished, tmp_path: Path
+) -> None:
+    fresh = new_project(tmp_path)
+    result = fresh.run("preview", str(fresh.params), code=2)
+    assert "is not in the cache; compute it with" in only_line(result)
+    project = finished[0]
+    high = project.run("preview", str(project.params), "--ratios", "0.99", code=2)
+    assert "the largest ratio is 0.96" in only_line(high)
+
+
+@pytest.fixture
+def pictures(label_folder: Path) -> Path:
+    (label_folder / "images" / "broken.png").write_text("no image")
+    return label_folder / "images"
+
+
+def test_predict_reads_files_and_folders(finished: Finished, pictures: Path) -> None:
+    project, result = finished
+    key = result["rows"][1]["stages"]["finetune"]
+    model = str(project.home / "stages" / key / "model.safetensors")
+    one = project.run("predict", model, str(pictures / "3.png"))
+    path, text, confidence = one.stdout.rstrip("\n").split("\t")
+    assert path.endswith("3.png")
+    assert set(text) <= set("0123456789")
+    assert 0 <= float(confidence) <= 1
+    every = project.run("predict", model, str(pictures), "--json", code=2)
+    found = json.loads(every.stdout)
+    assert len(found["readings"]) == 32
+    assert found["failures"] == [
+        {"image": str(pictures / "broken.png"), "reason": "not a readable image"}
+    ]
+    assert "not read:" in every.stderr
+
+
+def test_predict_reads_with_a_model_out_of_mlflow(finished: Finished, pictures: Path) -> None:
+    project = finished[0]
+    run = project.manifests()["finetune 0.3"]["run_id"]
+    uri = f"runs:/{run}/model.safetensors"
+    result = project.run("predict", uri, str(pictures / "0.png"), "--json")
+    assert len(json.loads(result.stdout)["readings"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.safetensors", "a.png"], "no checkpoint file at gone.safetensors"),
+        (["{params}", "a.png"], "is no safetensors file"),
+        (["{model}", "gone.png"], "no image at gone.png"),
+        (["{model}", "{empty}"], "has no image files"),
+    ],
+)
+def test_predict_refuses_what_it_cannot_read(
+    finished: Finished, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    project, result = finished
+    key = result["rows"][0]["stages"]["baseline"]
+    (tmp_path / "empty").mkdir()
+    places = {
+        "params": project.params,
+        "model": project.home / "stages" / key / "model.safetensors",
+        "empty": tmp_path / "empty",
+    }
+    filled = [argument.format(**places) for argument in arguments]
+    assert message in only_line(project.run("predict", *filled, code=2))
+
+
+def test_convert_sroie_cuts_lines_that_check_data_accepts(tmp_path: Path) -> None:
+    receipts = tmp_path / "SROIE"
+    for part in ("img", "box", "key"):
+        (receipts / part).mkdir(parents=True)
+    for number in range(12):
+        page = Image.new("L", (400, 200), 250)
+        page.paste(30, (20, 20, 120, 40))
+        page.save(receipts / "img" / f"{number:03d}.jpg")
+        (receipts / "box" / f"{number:03d}.csv").write_text(
+            "20,20,120,20,120,40,20,40,TOTAL, RM\n20,60,25,60,25,80,20,80,TOO NARROW\n"
+        )
+        (receipts / "key" / f"{number:03d}.json").write_text(
+            json.dumps({"company": f"SHOP {number // 2}"})
+        )
+    target = tmp_path / "lines"
+    project = new_project(
+        tmp_path / "p",
+        data={"root": str(target), "train": "train.txt", "val": "train.txt", "max_width": 320},
+    )
+    output = project.run("convert-sroie", str(receipts), str(target)).stdout
+    assert "left out: too narrow for CTC: 12" in output
+    lines = "".join((target / f"{split}.txt").read_text() for split in ("train", "val"))
+    assert lines.count("\tTOTAL, RM\n") == 12
+    assert Image.open(target / "images" / "000" / "000.jpg").size == (160, 32)
+    assert project.run("check-data", str(project.params)).returncode == 0
+    missing = project.run("convert-sroie", str(tmp_path), str(target), code=2)
+    assert "must hold img/ and box/" in only_line(missing)
+
+
+def test_ui_serves_the_project_s_runs_on_this_machine_alone(
+    finished: Finished, unused_port: int
+) -> None:
+    project = finished[0]
+    command = project.command("ui", "--port", str(unused_port))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **project.options()) as server:
+        assert server.stdout
+        assert f"http://127.0.0.1:{unused_port}" in server.stdout.readline()
+        try:
+            page = wait_for(f"http://127.0.0.1:{unused_port}/")
+            assert b"MLflow" in page
+            taken = project.run("ui", "--port", str(unused_port), code=2)
+            assert f"port {unused_port} is taken" in only_line(taken)
+        finally:
+            server.terminate()
+
+
+def wait_for(address: str, seconds: float = 60) -> bytes:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(address) as response:
+                content: bytes = response.read()
+                return content
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.3)
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def test_a_charset_that_lacks_characters_is_refused_with_the_counts(
+    labelled: Project, label_folder: Path
+) -> None:
+    (label_folder / "charset.txt").write_text("01234")
+    result = labelled.run("frontier", str(labelled.params), code=2)
+    assert "characters outside the charset" in result.stderr
+    assert "cannot be used" in result.stderr
+
+
+def test_a_checkpoint_of_another_charset_cannot_slip_into_a_stage(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """A sparse result swapped for a whole one of another experiment is found by its digest."""
+    project = copy_of(finished, tmp_path / "copy")
+    other = new_project(
+        tmp_path / "other", data={**TINY["data"], "text": {"alphabet": "ABCDEF"}}, ratios=[0.3]
+    )
+    other.frontier()
+    ours, theirs = (p.home / "stages" / p.manifests()["sparse"]["key"] for p in (project, other))
+    shutil.copy(theirs / "model.safetensors", ours / "model.safetensors")
+    run = project.run("frontier", str(project.params), "--json")
+    assert "other bytes than its manifest says" in run.stderr
+    assert json.loads(run.stdout)["computed"] == ["sparse"]
+
+
+def test_the_article_s_settings_run_with_a_generated_charset(
+    label_folder: Path, tmp_path: Path
+) -> None:
+    """5,962 characters and the full width; only the schedule is shortened."""
+    params = Path(__file__).parents[2] / "params" / "article.yaml"
+    characters = "0123456789" + "".join(chr(0x4E00 + i) for i in range(5952))
+    (label_folder / "charset.txt").write_text(characters, encoding="utf-8")
+    tree = yaml.safe_load(params.read_text(encoding="utf-8"))
+    tree["data"]["root"] = str(label_folder)
+    for section in ("baseline", "sparse", "finetune"):
+        tree[section]["epochs"] = 1
+    project = new_project(tmp_path / "article", **tree)
+    rows = project.frontier("--ratios", "0.62")["rows"]
+    assert rows[0]["cost/params_total"] == 10_258_219
+    assert rows[0]["cost/params_head"] == rows[1]["cost/params_head"] == 578_411
+    assert rows[1]["prune/channels_kept"] == 2944 - 1826

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crnn.errors import SettingsError
+from flows.experiment import load_experiment
+from tests.flows.conftest import TINY
+
+PARAMS = Path(__file__).parents[2] / "params"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_params_file_is_valid_and_is_headed_by_its_command(path: Path) -> None:
+    assert load_experiment(path).name == path.stem
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# crnn-slim frontier params/{path.name}"
+
+
+def test_overrides_and_ratios_replace_what_the_file_says(tiny: Path) -> None:
+    changes = ["sparse.epochs=7", "model.width=0.5", "seed=3"]
+    experiment = load_experiment(tiny, changes, [0.9, 0.5, 0.9])
+    assert experiment.sparse.epochs == 7
+    assert experiment.model.width == 0.5
+    assert experiment.seed == 3
+    assert experiment.ratios == (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sparse.epoch=3", r"unknown key 'sparse.epoch'; did you mean 'epochs'"),
+        ("spars.epochs=3", r"unknown key 'spars'; did you mean 'sparse'"),
+        ("sparse.epochs=0", r"sparse.epochs: .*greater than or equal to 1, not 0"),
+        ("sparse.epochs=many", r"sparse.epochs: .*integer.*not 'many'"),
+        ("ratios=[1.0]", r"less than 1, not 1.0"),
+        ("ratios=[-0.1]", r"greater than or equal to 0, not -0.1"),
+        ("ratios=[0.12345]", r"at most four decimals"),
+        ("ratios=[]", r"at least 1 item"),
+        ("model.width=.nan", r"finite number"),
+        ("model.width=.inf", r"model.width: .*not inf"),
+        ("sparse.method=magic", r"'auto', 'subgradient' or 'proximal', not 'magic'"),
+        ("name=a/b", r"name: "),
+        ("seed", r"takes section.key=value; 'seed' has no '='"),
+        ("name.x=1", r"'name' is a value, not a section"),
+        ("seed=[", r"the value is not YAML"),
+    ],
+)
+def test_each_mistake_in_a_setting_is_one_sentence(tiny: Path, override: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_experiment(tiny, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "must hold sections"),
+        ("- a\n", "must hold sections"),
+        ("a: [", "is not YAML"),
+        ("name: a\nname: b\n", "'name' is given twice"),
+        ("a: &x [1]\nb: *x\n", "aliases"),
+        ("a: !!python/object/apply:os.system [ls]\n", "is not YAML"),
+        ("name: a\ndata: {train: 1, val: 1}\nbaseline: {epochs: 1}\n", "key 'sparse' is needed"),
+    ],
+)
+def test_each_mistake_in_a_file_is_one_error(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(SettingsError, match=message):
+        load_experiment(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"gone\.yaml"):
+        load_experiment(tmp_path / "gone.yaml")

@@ -1,0 +1,230 @@
+"""The whole pipeline, really run: Prefect, MLflow, processes, files."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.flows.conftest import TINY, Project, new_project
+
+Finished = tuple[Project, dict[str, Any]]
+
+
+def copy_of(finished: Finished, folder: Path) -> Project:
+    """The finished project once more, to go on from or to damage."""
+    shutil.copytree(finished[0].folder, folder)
+    return Project(folder)
+
+
+def test_the_frontier_has_a_row_for_the_baseline_and_each_ratio(finished: Finished) -> None:
+    rows = finished[1]["rows"]
+    assert [row["point"] for row in rows] == ["baseline", "0.3", "0.6"]
+    for row in rows:
+        assert 0 <= row["val/word_accuracy_low"] <= row["val/word_accuracy"] <= 1
+        assert row["val/samples"] == 16
+        assert row["cost/latency_ms"] > 0
+    for cost in ("cost/params_total", "cost/macs", "cost/bytes"):
+        costs = [row[cost] for row in rows]
+        assert costs == sorted(costs, reverse=True)
+        assert len(set(costs)) == 3
+    total = sum((6, 6, 13, 13, 26, 26, 51, 51, 51, 51))
+    for row, ratio in zip(rows[1:], (0.3, 0.6), strict=True):
+        assert row["prune/ratio_achieved"] == int(total * ratio) / total
+
+
+def test_every_stage_was_computed_once(finished: Finished) -> None:
+    labels = ["baseline", "data", "finetune 0.3", "finetune 0.6", "measure baseline"]
+    labels += ["measure finetune 0.3", "measure finetune 0.6", "prune 0.3", "prune 0.6", "sparse"]
+    assert sorted(finished[1]["computed"]) == labels
+    assert sorted(finished[0].manifests()) == labels
+
+
+def test_the_sparse_stage_reaches_its_target(finished: Finished) -> None:
+    metrics = finished[0].manifests()["sparse"]["metrics"]
+    assert metrics["gamma/share_zero"] == pytest.approx(0.6, abs=0.005)
+
+
+def test_the_report_is_there(finished: Finished) -> None:
+    folder = Path(finished[1]["report"])
+    assert json.loads((folder / "frontier.json").read_text()) == finished[1]["rows"]
+    assert (folder / "frontier.csv").read_text().startswith("point,")
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "frontier.html").read_text()
+    assert "<script src=" not in page
+
+
+def test_the_same_command_computes_nothing(finished: Finished) -> None:
+    begun = time.monotonic()
+    again = finished[0].frontier()
+    assert again == {**finished[1], "computed": []}
+    assert time.monotonic() - begun < 60
+
+
+def test_a_new_ratio_computes_its_own_stages_only(finished: Finished, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    result = project.frontier("--ratios", "0.3,0.45,0.6")
+    assert sorted(result["computed"]) == ["finetune 0.45", "measure finetune 0.45", "prune 0.45"]
+
+
+def test_a_damaged_stage_is_computed_again_to_the_same_bits(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    folder = project.home / "stages" / project.manifests()["sparse"]["key"]
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(before[:-1] + b"?")
+    run = project.run("frontier", str(project.params), "--json")
+    assert json.loads(run.stdout)["computed"] == ["sparse"]
+    assert "model.safetensors has other bytes than its manifest says; set aside" in run.stderr
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def start_and_wait_for(project: Project, text: str) -> subprocess.Popen[str]:
+    """Start a frontier and read its progress until a line has the text."""
+    process = subprocess.Popen(
+        project.command("frontier", str(project.params)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        **project.options(),
+    )
+    assert process.stderr
+    for line in process.stderr:
+        if text in line:
+            return process
+    pytest.fail(f"{text!r} was never printed")
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes of the stage workers that a pipeline started."""
+    found = subprocess.run(["pgrep", "-f", "flows.worker", "-P", str(pid)], capture_output=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def weights(project: Project, label: str) -> dict[str, bytes]:
+    key = project.manifests()[label]["key"]
+    tensors = load_file(project.home / "stages" / key / "model.safetensors")
+    return {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_pipeline_goes_on_and_ends_in_the_same_bits(
+    finished: Finished, tmp_path: Path, sent: signal.Signals
+) -> None:
+    project = new_project(tmp_path / "stopped")
+    process = start_and_wait_for(project, "sparse: epoch 1/4")
+    workers = children_of(process.pid)
+    assert workers
+    process.send_signal(sent)
+    assert process.wait(30) != 0
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived its pipeline"
+        time.sleep(0.1)
+
+    run = project.run("frontier", str(project.params), "--json")
+    computed = json.loads(run.stdout)["computed"]
+    assert "baseline" not in computed
+    assert "sparse" in computed
+    assert "sparse: goes on after epoch" in run.stderr
+    assert weights(project, "sparse") == weights(finished[0], "sparse")
+    history = project.home / "stages" / project.manifests()["sparse"]["key"] / "history.jsonl"
+    epochs = [json.loads(line)["epoch"] for line in history.read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4]
+
+
+def test_two_pipelines_at_once_compute_each_stage_once(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "twice")
+    command = project.command("frontier", str(project.params), "--json")
+    pair = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **project.options()
+        )
+        for _ in range(2)
+    ]
+    results = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], results
+    computed = [label for output, _ in results for label in json.loads(output)["computed"]]
+    assert len(computed) == len(set(computed)) == 10
+    first, second = (json.loads(output)["rows"] for output, _ in results)
+    assert first == second
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        project = new_project(small / "project", model={"width": 0.4, "hidden": 8})
+        project.environment = {
+            "PREFECT_HOME": str(tmp_path / "prefect"),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
+        }
+        failed = project.run("frontier", str(project.params), code=2)
+        last = failed.stderr.strip().splitlines()[-1]
+        assert "No space left on device" in last
+        assert "Traceback" not in failed.stderr
+        assert "data" in project.manifests()
+        subprocess.run(["mount", "-o", "remount,size=200m", str(small)], check=True)
+        assert "data" not in project.frontier()["computed"]
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_prefect_shows_stages_by_name_and_cached_where_cached(finished: Finished) -> None:
+    project = finished[0]
+    code = (
+        "import asyncio, json\n"
+        "from flows import project; project.configure_environment()\n"
+        "from prefect.client.orchestration import get_client\n"
+        "async def main():\n"
+        "    async with get_client() as client:\n"
+        "        tasks = await client.read_task_runs(limit=200)\n"
+        "        tables = await client.read_artifacts()\n"
+        "        print(json.dumps([[t.name, t.state.name] for t in tasks]))\n"
+        "        print(json.dumps([[a.key, a.type, a.description] for a in tables]))\n"
+        "asyncio.run(main())\n"
+    )
+    command = [project.command()[0], "-c", code]
+    project.frontier()
+    result = subprocess.run(command, capture_output=True, check=True, **project.options())
+    tasks, tables = (json.loads(line) for line in result.stdout.splitlines()[-2:])
+    states = {(name, state) for name, state in tasks}
+    assert {("sparse", "Completed"), ("sparse", "Cached")} <= states
+    assert {("finetune 0.3", "Completed"), ("finetune 0.3", "Cached")} <= states
+    key, kind, description = tables[0]
+    assert (key, kind) == ("frontier-tiny", "table")
+    assert "[sparse 0.3](http://127.0.0.1:5000/#/experiments/" in description
+
+
+def test_a_trained_checkpoint_of_one_s_own_is_taken_as_the_baseline(
+    finished: Finished, tmp_path: Path
+) -> None:
+    source = finished[0]
+    key = source.manifests()["baseline"]["key"]
+    own = tmp_path / "own.safetensors"
+    shutil.copy(source.home / "stages" / key / "model.safetensors", own)
+    project = new_project(tmp_path / "p", baseline={"checkpoint": str(own), "epochs": 0})
+    row = project.frontier("--ratios", "0.6")["rows"][0]
+    assert row["val/word_accuracy"] == finished[1]["rows"][0]["val/word_accuracy"]
+    assert weights(project, "baseline") == weights(source, "baseline")
+
+    letters = {**TINY["data"], "text": {"alphabet": "ABC"}}
+    other = new_project(
+        tmp_path / "o", data=letters, baseline={"checkpoint": str(own), "epochs": 0}
+    )
+    refused = other.run("frontier", str(other.params), code=2)
+    assert "reads 10 characters, the data has 3" in refused.stderr
+    gone = other.run("frontier", str(other.params), "--set", "baseline.checkpoint=gone", code=2)
+    assert "no checkpoint file at gone" in gone.stderr
+    none = other.run("frontier", str(other.params), "--set", "baseline.checkpoint=null", code=2)
+    assert "epochs may be 0 only where a checkpoint is given" in none.stderr

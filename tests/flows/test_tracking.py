@@ -1,0 +1,132 @@
+"""What a run leaves in MLflow, read back through MLflow's own client."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from tests.flows.conftest import Project
+from tests.flows.test_pipeline import copy_of
+
+Finished = tuple[Project, dict[str, Any]]
+
+
+def client_of(project: Project) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
+
+
+def runs_of(project: Project, kind: str) -> dict[str, Run]:
+    client = client_of(project)
+    experiment = client.get_experiment_by_name("tiny")
+    found = client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+def artifacts_of(project: Project, run: Run, path: str | None = None) -> set[str]:
+    return {Path(f.path).name for f in client_of(project).list_artifacts(run.info.run_id, path)}
+
+
+def test_each_stage_has_one_finished_run_with_all_its_epochs(finished: Finished) -> None:
+    project = finished[0]
+    runs = runs_of(project, "stage")
+    manifests = project.manifests()
+    assert set(runs) == set(manifests)
+    for label, run in runs.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["stage_key"] == manifests[label]["key"]
+    for label, epochs in (("baseline", 2), ("sparse", 4), ("finetune 0.3", 1)):
+        for metric in (
+            "train/loss",
+            "train/learning_rate",
+            "train/lines_per_second",
+            "val/word_accuracy",
+            "val/ned",
+            "gamma/q50",
+            "gamma/share_near_zero",
+        ):
+            history = client_of(project).get_metric_history(runs[label].info.run_id, metric)
+            assert [m.step for m in history] == list(range(1, epochs + 1)), (label, metric)
+
+
+def test_artifacts_hold_what_is_needed_to_understand_a_run(finished: Finished) -> None:
+    project = finished[0]
+    runs = runs_of(project, "stage")
+    baseline = artifacts_of(project, runs["baseline"])
+    assert {"model.safetensors", "settings.json", "environment.json", "summary.txt"} <= baseline
+    assert {"charset.txt", "check.json", "bad_samples.csv"} <= artifacts_of(project, runs["data"])
+    assert {"summary.txt", "widths.json"} <= artifacts_of(project, runs["prune 0.3"])
+    assert artifacts_of(project, runs["sparse"], "gammas") == {
+        f"epoch-{epoch:04d}.npz" for epoch in range(1, 5)
+    }
+    images = {name for name in artifacts_of(project, runs["sparse"], "images") if "png" in name}
+    assert len(images) == 4
+    assert runs["data"].data.params["fingerprint"]
+    assert runs["baseline"].data.params["train.epochs"] == "2"
+
+
+def test_the_sweep_holds_the_frontier_and_its_points_lead_to_their_stages(
+    finished: Finished,
+) -> None:
+    project = finished[0]
+    (sweep,) = runs_of(project, "sweep").values()
+    assert sweep.info.run_id == finished[1]["sweep_run"]
+    assert {
+        "frontier.csv",
+        "frontier.json",
+        "frontier.png",
+        "frontier.html",
+        "experiment.json",
+    } <= artifacts_of(project, sweep)
+    points = runs_of(project, "point")
+    stages = {run.info.run_id: run for run in runs_of(project, "stage").values()}
+    assert set(points) == {"baseline", "0.3", "0.6"}
+    for row in finished[1]["rows"]:
+        point = points[row["point"]]
+        assert point.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+        for name in ("val/word_accuracy", "cost/params_total", "cost/macs", "prune/ratio_achieved"):
+            assert point.data.metrics[name] == row[name]
+        for stage in row["stages"]:
+            assert stages[point.data.tags[f"{stage}_run"]].data.tags["stage"] == stage
+
+
+def test_running_again_adds_no_run(finished: Finished) -> None:
+    project = finished[0]
+    client = client_of(project)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    before = len(client.search_runs([experiment]))
+    project.frontier()
+    assert len(client.search_runs([experiment])) == before
+
+
+def test_a_store_that_cannot_be_reached_costs_nothing_and_is_filled_later(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    project.environment = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    run = project.run("frontier", str(project.params), "--json", "--ratios", "0.5")
+    result = json.loads(run.stdout)
+    assert result["sweep_run"] is None
+    assert sorted(result["computed"]) == ["finetune 0.5", "measure finetune 0.5", "prune 0.5"]
+    assert run.stderr.count("MLflow cannot be reached") == 1
+
+    project.environment = {}
+    assert "finetune 0.5" not in runs_of(project, "stage")
+    again = project.frontier("--ratios", "0.5")
+    assert again["computed"] == []
+    assert again["sweep_run"]
+    late = runs_of(project, "stage")["finetune 0.5"]
+    history = client_of(project).get_metric_history(late.info.run_id, "train/loss")
+    assert [m.step for m in history] == [1]
+
+
+def test_a_sweep_with_another_set_of_ratios_is_another_run(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    other = project.frontier("--ratios", "0.6")
+    assert other["computed"] == []
+    assert other["sweep_run"] != finished[1]["sweep_run"]
+    assert len(other["rows"]) == 2
