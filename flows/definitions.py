@@ -106,7 +106,7 @@ def fingerprint(experiment: Experiment) -> str:
     """
     sources = [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
     place = str(Path(experiment.data.root).resolve())
-    state = _digest([place, *(source.content() for source in sources)])
+    state = _digest([place, *(source.stamp() for source in sources)])
     memo = project.home() / "fingerprints" / f"{state}.json"
     try:
         return str(json.loads(memo.read_text(encoding="utf-8")))

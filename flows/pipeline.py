@@ -273,6 +273,8 @@ def _job(experiment: Experiment, stage: Stage, share: float, folder: Path) -> di
         "settings": stage.settings,
         "data": experiment.data.model_dump(mode="json"),
         "seed": experiment.seed,
+        "ratios": experiment.ratios,
+        "prune": experiment.prune.model_dump(mode="json"),
         "checkpoint": experiment.baseline.checkpoint,
         "inputs": {n: str(m.file(m.result).resolve()) for n, m in stage.inputs.items()},
         "folder": str(folder),

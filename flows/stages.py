@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from crnn.checkpoint import Checkpoint, load_checkpoint, load_run, save_checkpoi
 from crnn.data.batches import Lines, evaluation_batches, normalise
 from crnn.data.check import Checked, check_split, refuse_bad, training_charset
 from crnn.data.images import HEIGHT
-from crnn.data.sources import open_source
+from crnn.data.sources import Source, open_source
 from crnn.devices import best_device, describe
 from crnn.errors import CheckpointError, DataError
 from crnn.evaluation import evaluate
@@ -147,8 +148,8 @@ def data(work: Work) -> tuple[str, dict[str, float]]:
         refuse_bad(list(checks.values()))
     for split, check in checks.items():
         _refuse_empty(split, len(check.indices))
-    seen = {train.label(int(i)) for i in checks["train"].indices}
-    unseen = [int(i) for i in checks["val"].indices if val.label(int(i)) not in seen]
+    seen = _label_hashes(train, checks["train"].indices)
+    new = ~np.isin(_label_hashes(val, checks["val"].indices), seen)
     arrays = {
         f"{s}_{part}": getattr(c, part) for s, c in checks.items() for part in ("indices", "widths")
     }
@@ -158,7 +159,7 @@ def data(work: Work) -> tuple[str, dict[str, float]]:
         fingerprint=np.array(work.settings["fingerprint"]),
         charset=np.array(list(charset.characters)),
         max_width=np.array(settings.max_width),
-        val_unseen=np.array(unseen, np.int64),
+        val_unseen=checks["val"].indices[new],
         **arrays,
     )
     return LINES, {
@@ -167,6 +168,15 @@ def data(work: Work) -> tuple[str, dict[str, float]]:
         "data/bad_samples": float(sum(len(c.bad) for c in checks.values())),
         "data/classes": float(charset.classes),
     }
+
+
+def _label_hashes(source: Source, indices: np.ndarray) -> np.ndarray:
+    """64 bits of each label: little memory for millions, and enough to tell them apart."""
+    hashes = (
+        int.from_bytes(blake2b(source.label(int(i)).encode(), digest_size=8).digest())
+        for i in indices
+    )
+    return np.fromiter(hashes, np.uint64, len(indices))
 
 
 def _refuse_empty(split: str, samples: int) -> None:
@@ -221,6 +231,7 @@ def _unseen(work: Work) -> set[int]:
 def baseline(work: Work) -> tuple[str, dict[str, float]]:
     """Train the uncut network, from scratch or from a checkpoint."""
     model = _given_model(work) if "checkpoint" in work.settings else _fresh_model(work)
+    _refuse_unreachable_ratios(work, model)
     _write_summary(work.out, model)
     settings = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
     return _train(work, model, BaselineSettings.model_validate(settings))
@@ -250,6 +261,7 @@ def sparse(work: Work) -> tuple[str, dict[str, float]]:
         model = load_checkpoint(work.input("baseline")).model
     else:
         model = _fresh_model(work)
+    _refuse_unreachable_ratios(work, model)
     return _train(work, model, settings, penalty_of(settings), _snapshots(work))
 
 
@@ -296,6 +308,12 @@ def finetune(work: Work) -> tuple[str, dict[str, float]]:
     """Train the cut network on."""
     model = load_checkpoint(work.input("prune")).model
     return _train(work, model, TrainSettings.model_validate(work.settings["train"]))
+
+
+def _refuse_unreachable_ratios(work: Work, model: Recogniser) -> None:
+    """Before hours of training: the floors must leave room for the highest ratio."""
+    settings = PruneSettings.model_validate(work.job["prune"])
+    keep_masks(absolute_gammas(model), max(work.job["ratios"]), settings)
 
 
 def _fresh_model(work: Work) -> Recogniser:

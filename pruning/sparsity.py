@@ -85,8 +85,9 @@ class Auto(Penalty):
         importance = torch.split(run.memory["importance"], sizes)
         ranked = torch.cat([self._protected(values) for values in importance])
         share = self.target_ratio * (1 - (1 - min(progress / self.RAMP, 1)) ** 3)
+        count = min(math.floor(share * len(ranked) + 1e-9), int(ranked.isfinite().sum()))
         lowest = torch.zeros_like(ranked, dtype=torch.bool)
-        lowest[ranked.argsort(stable=True)[: math.floor(share * len(ranked) + 1e-9)]] = True
+        lowest[ranked.argsort(stable=True)[:count]] = True
         for layer, dying in zip(layers, torch.split(lowest, sizes), strict=True):
             shrunk = layer.weight.sign() * (layer.weight.abs() - self.SHRINK).clamp(min=0)
             layer.weight.copy_(torch.where(dying, shrunk, layer.weight))

@@ -1,5 +1,6 @@
 """A look at every sample before training: what cannot be used is counted and listed."""
 
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def check_split(
         stride: Pixels for each CTC frame.
         on_sample: Called with (samples done, samples in all).
     """
-    indices, widths, bad = [], [], []
+    indices, widths = array("q"), array("i")
+    bad: list[BadSample] = []
     for index in range(len(source)):
         try:
             label = source.label(index)

@@ -8,8 +8,9 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +39,8 @@ class Source(Protocol):
     def image(self, index: int) -> Image.Image:
         """The decoded RGB image; DataError where it cannot be read."""
 
-    def content(self) -> list[tuple[str, int, int]]:
-        """What the samples are made of: (name, bytes, modification time in ns) of each file."""
+    def stamp(self) -> str:
+        """Hash of the name, size and modification time of every file: cheap, no file is read."""
 
     def digest(self) -> str:
         """SHA-256 over labels and images: changes when any sample does."""
@@ -110,19 +111,16 @@ class LabelFile:
             raise DataError("image path leads out of the data root")
         return path
 
-    def _files(self) -> list[tuple[str, Path]]:
-        named = []
+    def _files(self) -> Iterator[tuple[str, Path]]:
         for index in range(len(self)):
             try:
                 name = self._fields(index)[0]
-                named.append((name, self._inside_root(name)))
+                yield name, self._inside_root(name)
             except DataError:
                 continue  # Its line is in the label file's own digest; the check reports it.
-        return named
 
-    def content(self) -> list[tuple[str, int, int]]:
-        files = [(self.path.name, self.path), *self._files()]
-        return [(name, *_size_and_time(path)) for name, path in files]
+    def stamp(self) -> str:
+        return _stamp(chain([self.path], (path for _, path in self._files())))
 
     def digest(self) -> str:
         total = hashlib.sha256(self._text)
@@ -192,8 +190,8 @@ class Lmdb:
     def image(self, index: int) -> Image.Image:
         return decode(self._get(self.name(index)))
 
-    def content(self) -> list[tuple[str, int, int]]:
-        return [(self.path.name, *_size_and_time(self.path / "data.mdb"))]
+    def stamp(self) -> str:
+        return _stamp([self.path / "data.mdb"])
 
     def digest(self) -> str:
         with (self.path / "data.mdb").open("rb") as file:
@@ -220,8 +218,8 @@ class Rendered:
     def image(self, index: int) -> Image.Image:
         return render_line(self.seed, index, self.text)[0]
 
-    def content(self) -> list[tuple[str, int, int]]:
-        return [(self.digest(), self.count, 0)]
+    def stamp(self) -> str:
+        return self.digest()
 
     def digest(self) -> str:
         made_of = [VERSION, self.count, self.seed, self.text.model_dump()]
@@ -246,8 +244,8 @@ class ImageFiles:
     def image(self, index: int) -> Image.Image:
         return decode(_read(self.files[index]))
 
-    def content(self) -> list[tuple[str, int, int]]:
-        return [(self.name(i), *_size_and_time(path)) for i, path in enumerate(self.files)]
+    def stamp(self) -> str:
+        return _stamp(self.files)
 
     def digest(self) -> str:
         total = hashlib.sha256()
@@ -282,9 +280,12 @@ def _read(path: Path) -> bytes:
         raise DataError(f"cannot read image file ({error.strerror})") from error
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return -1, 0
-    return stat.st_size, stat.st_mtime_ns
+def _stamp(files: Iterable[Path]) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        try:
+            stat = path.stat()
+            total.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        except OSError:
+            total.update(f"{path}\0absent\n".encode())
+    return total.hexdigest()

@@ -51,6 +51,13 @@ def test_each_mistake_is_one_sentence_and_code_2(
     assert message in only_line(result)
 
 
+def test_a_ratio_beyond_the_floors_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    project = new_project(tmp_path, prune={"min_ratio": 0.5})
+    result = project.run("frontier", str(project.params), code=2)
+    assert "prune ratio 0.6 would remove 176 of 294 channels" in only_line(result)
+    assert set(project.manifests()) == {"data"}
+
+
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:
     project = new_project(tmp_path)
     wrong = ("frontier", str(project.params), "--set", "seed=-1")

@@ -219,9 +219,8 @@ def test_a_trained_checkpoint_of_one_s_own_is_taken_as_the_baseline(
     assert weights(project, "baseline") == weights(source, "baseline")
 
     letters = {**TINY["data"], "text": {"alphabet": "ABC"}}
-    other = new_project(
-        tmp_path / "o", data=letters, baseline={"checkpoint": str(own), "epochs": 0}
-    )
+    untrained = {"checkpoint": str(own), "epochs": 0}
+    other = new_project(tmp_path / "o", data=letters, baseline=untrained)
     refused = other.run("frontier", str(other.params), code=2)
     assert "reads 10 characters, the data has 3" in refused.stderr
     gone = other.run("frontier", str(other.params), "--set", "baseline.checkpoint=gone", code=2)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -6,9 +8,9 @@ from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import Run, fit, start
 from pruning.cost import latency_ms, parameters
-from pruning.gammas import absolute_gammas, gamma_statistics, prunable
+from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
 from pruning.settings import SparseSettings
-from pruning.sparsity import Proximal, Subgradient, penalty_of
+from pruning.sparsity import Auto, Proximal, Subgradient, penalty_of
 from tests.conftest import random_recogniser
 
 
@@ -71,3 +73,36 @@ def test_cost_figures_are_positive_and_add_up() -> None:
 def test_training_settings_refuse_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="epochs"):
         TrainSettings(epochs=0)
+
+
+@pytest.mark.parametrize(("target", "width"), [(0.5, 0.1), (0.87, 0.2), (0.99, 0.1)])
+def test_auto_reaches_its_target_in_exact_zeros_and_leaves_every_layer_its_floor(
+    lines: Lines, target: float, width: float
+) -> None:
+    torch.manual_seed(0)
+    model = Recogniser(ModelSettings(width=width, hidden=4), lines.charset.classes)
+    settings = SparseSettings(epochs=40, batch_size=4, target_ratio=target)
+    fit(start(model, settings, 0), lines, settings, penalty_of(settings))
+    gammas = absolute_gammas(model)
+    floors = [max(1, math.ceil(Auto.FLOOR * len(g))) for g in gammas]
+    reachable = 1 - sum(floors) / sum(len(g) for g in gammas)
+    assert share_zero(model) >= 0.99 * min(target, reachable)
+    assert share_zero(model) <= target
+    for gamma, floor in zip(gammas, floors, strict=True):
+        assert (gamma > 0).sum() >= floor
+
+
+def test_auto_takes_the_channels_that_matter_least(lines: Lines) -> None:
+    """A channel that nothing reads costs nothing, however large its gamma."""
+    torch.manual_seed(0)
+    model = Recogniser(ModelSettings(width=0.1, hidden=4), lines.charset.classes)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    unread = slice(0, 6)
+    mask = torch.ones_like(convolutions[5].weight)
+    mask[:, unread] = 0
+    convolutions[5].weight.data.mul_(mask)
+    convolutions[5].weight.register_hook(lambda grad: grad * mask)
+    list(prunable(model).values())[4].weight.data[unread] = 2.0
+    settings = SparseSettings(epochs=60, batch_size=4, target_ratio=0.2)
+    fit(start(model, settings, 0), lines, settings, penalty_of(settings))
+    assert (absolute_gammas(model)[4][unread] == 0).all()
