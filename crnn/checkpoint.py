@@ -159,10 +159,13 @@ def load_run(path: Path, model: Recogniser, settings: TrainSettings) -> Run:
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in _under("optimizer.", tensors).items():
         index, _, moment = name.partition(".")
-        state.setdefault(int(index), {})[moment] = tensor
+        # In the layout they had: another one sums in another order.
+        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        state.setdefault(int(index), {})[moment] = tensor.contiguous(memory_format=layout)
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
     run.epoch = int(metadata["epoch"])
-    run.memory = _under("memory.", tensors)
+    device = model.head.weight.device
+    run.memory = {name: t.to(device) for name, t in _under("memory.", tensors).items()}
     return run
 
 

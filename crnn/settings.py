@@ -27,6 +27,14 @@ class TextSettings(Settings):
     min_length: Annotated[int, Field(ge=1)] = 3
     max_length: Annotated[int, Field(ge=1, le=40)] = 8
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_length > self.max_length:
+            raise ValueError(
+                f"min_length is at most max_length; {self.min_length} > {self.max_length}"
+            )
+        return self
+
 
 class AugmentSettings(Settings):
     """Probability of each change to a training image; 0 switches it off."""

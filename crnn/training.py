@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from crnn.data.batches import Batch, Lines, normalise, training_batches
+from crnn.data.batches import Batch, Batches, Lines, normalise, training_batches
 from crnn.devices import autocast
 from crnn.errors import NonFiniteLossError
 from crnn.evaluation import frame_lengths
@@ -133,7 +132,7 @@ def fit(
 
 def _epoch(
     run: Run,
-    batches: DataLoader[Batch],
+    batches: Batches,
     settings: TrainSettings,
     penalty: Penalty,
     on_step: Progress | None,

@@ -6,7 +6,6 @@ only after every file has been hashed; what fails is set aside and computed agai
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,10 @@ from crnn.files import sha256, sync_folder, write_atomic
 from flows import project
 
 MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+HISTORY = "history.jsonl"
+GAMMAS = "gammas"
+SNAPSHOTS = "snapshots"
 
 
 class DamagedError(Exception):
@@ -123,16 +126,17 @@ def verified(folder: Path) -> Manifest:
     """
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        recorded = manifest.files[manifest.result]["sha256"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        entries = [(name, e["size"], e["sha256"]) for name, e in manifest.files.items()]
+        manifest.digest  # noqa: B018  # The result must be among the files.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"manifest unreadable ({type(error).__name__})") from error
-    if manifest.key != folder.name or not recorded:
+    if manifest.key != folder.name:
         raise DamagedError(f"manifest is of another stage ({manifest.key})")
-    for name, entry in manifest.files.items():
+    for name, size, digest in entries:
         path = folder / name
         if not path.is_file():
             raise DamagedError(f"{name} is missing")
-        if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size or sha256(path) != digest:
             raise DamagedError(f"{name} has other bytes than its manifest says")
     return manifest
 
@@ -167,5 +171,4 @@ def publish(stage: Stage, folder: Path, outcome: dict[str, Any], run_id: str | N
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)
     sync_folder(target.parent)
-    shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
     return manifest

@@ -64,8 +64,8 @@ def run_child(
         ChildDiedError: The child ended in any other way; names the log file.
     """
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    threads = str(job["threads"])
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    cpus = str(job["cpus"])
+    environment = {**os.environ, "OMP_NUM_THREADS": cpus, "MKL_NUM_THREADS": cpus}
     with (folder / "worker.log").open("ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "flows.worker", str(folder / "job.json")],
@@ -79,8 +79,8 @@ def run_child(
     watcher = threading.Thread(target=_kill_when_stopped, args=(child,), daemon=True)
     watcher.start()
     outcome: dict[str, Any] | None = None
+    assert child.stdout
     try:
-        assert child.stdout
         for line in child.stdout:
             event = json.loads(line)
             if event["event"] == "done":
@@ -90,8 +90,10 @@ def run_child(
             else:
                 on_event(event)
     finally:
-        if outcome is None:
-            _kill(child)
+        child.stdout.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0 if _stop.is_set() else 10)
+        _kill(child)
         child.wait()
     if _stop.is_set() and outcome is None:
         raise StoppedError(
@@ -109,6 +111,7 @@ def _kill_when_stopped(child: subprocess.Popen[bytes]) -> None:
     while child.poll() is None:
         if _stop.wait(0.2):
             _kill(child)
+            child.wait()
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:

@@ -41,21 +41,21 @@ def frontier(
 ) -> None:
     """Run the pipeline over the prune ratios. What is cached is not computed again."""
     experiment = _experiment(params, set, ratios)
-    from flows import display
+    from flows import definitions, display, project
 
-    _quiet_start()
+    definitions.data_stage(experiment)  # A wrong place is told before Prefect takes its time.
+    project.configure_environment()
     from flows.pipeline import frontier as run
 
     with display.live():
         result = run(experiment)
-    folder = _reports(experiment)
     if as_json:
         _print_json(
             {
                 "rows": result.rows,
                 "computed": result.computed,
                 "sweep_run": result.sweep_run,
-                "report": str(folder),
+                "report": str(result.report),
             }
         )
         return
@@ -68,7 +68,8 @@ def frontier(
     counted = (
         f"{len(result.computed)} stages computed" if result.computed else "everything was cached"
     )
-    print(f"{counted}; tables and plots in {folder}; compare the runs with: crnn-slim ui")
+    print(f"{counted}; tables and plots in {_short(result.report)}")
+    print("compare the runs with: crnn-slim ui")
 
 
 @app.command("check-data")
@@ -153,12 +154,17 @@ def convert_sroie(
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+) -> None:
     """Serve MLflow's UI on the project's runs, on this machine alone."""
     from flows import project
 
     project.configure_environment()
     store = os.environ["MLFLOW_TRACKING_URI"]
+    if store.startswith("http"):
+        print(f"MLFLOW_TRACKING_URI is set: the runs are on {store}")
+        return
     if not _port_is_free(port):
         raise UserError(f"port {port} is taken; choose another with --port")
     print(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
@@ -198,18 +204,9 @@ def _numbers(text: str | None) -> list[float] | None:
         ) from error
 
 
-def _reports(experiment: "Experiment") -> Path:
-    from flows import project
-
-    folder = project.reports_folder() / experiment.name
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def _quiet_start() -> None:
-    """Settle the environment, then import MLflow beside Prefect's slow start."""
-    from flows import project
-
-    project.configure_environment()
+def _short(path: Path) -> Path:
+    """The path from here, where it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _port_is_free(port: int) -> bool:

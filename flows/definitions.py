@@ -24,23 +24,19 @@ VERSIONS = {"data": 1, "baseline": 1, "sparse": 1, "prune": 1, "finetune": 1, "m
 def data_stage(experiment: Experiment) -> Stage:
     """Check and index of the samples. Its identity is their content, not their place."""
     settings = experiment.data
-    charset = (
-        Charset.load(Path(settings.root) / settings.charset).characters if settings.charset else ""
-    )
+    charset = given_charset(settings)
     content = {
+        "charset": charset.characters if charset else "",
         "fingerprint": fingerprint(experiment),
-        "charset": charset,
         "max_width": settings.max_width,
         "on_bad_sample": settings.on_bad_sample,
     }
     return Stage("data", "data", content, {}, VERSIONS["data"])
 
 
-def given_charset(settings: DataSettings) -> str:
-    """Characters of the charset file; empty where the training labels give them."""
-    if settings.charset is None:
-        return ""
-    return Charset.load(Path(settings.root) / settings.charset).characters
+def given_charset(settings: DataSettings) -> Charset | None:
+    """The charset of the file; None where the training labels give it."""
+    return Charset.load(Path(settings.root) / settings.charset) if settings.charset else None
 
 
 def baseline_stage(experiment: Experiment, data: Manifest) -> Stage:
@@ -66,7 +62,7 @@ def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> 
 
 def prune_stage(experiment: Experiment, data: Manifest, sparse: Manifest, ratio: float) -> Stage:
     """The network with the channels of one ratio cut out."""
-    settings = {"prune": _dump(experiment.prune), "ratio": ratio}
+    settings = {"prune": _dump(experiment.prune), "basis_points": round(10_000 * ratio)}
     inputs = {"data": data, "sparse": sparse}
     return Stage("prune", f"prune {ratio:g}", settings, inputs, VERSIONS["prune"])
 

@@ -33,7 +33,7 @@ class Experiment(Settings):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
     data: DataSettings
     model: ModelSettings = ModelSettings()
@@ -49,7 +49,7 @@ class Experiment(Settings):
         for ratio in ratios:
             if abs(ratio * 10_000 - round(ratio * 10_000)) > 1e-6:
                 raise ValueError(f"a ratio has at most four decimals; {ratio} has more")
-        return tuple(sorted(set(ratios)))
+        return tuple(sorted({round(ratio, 4) for ratio in ratios}))
 
 
 def load_experiment(
@@ -72,7 +72,8 @@ def load_experiment(
     except UnicodeDecodeError as error:
         raise SettingsError(f"params file {path} is not UTF-8") from error
     except yaml.YAMLError as error:
-        raise SettingsError(f"params file {path} is not YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"params file {path} is not YAML: {reason}") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"params file {path} must hold sections like `data:`, not {tree!r}")
     for override in overrides:
@@ -82,7 +83,10 @@ def load_experiment(
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise SettingsError(f"{path}: {_explain(error.errors()[0])}") from error
+        raise SettingsError(f"{path}: {_explain(error.errors())}") from error
+
+
+UNION_MEMBERS = ("str", "constrained-int", "literal['auto']", "int")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -91,6 +95,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError("a key is a word, not a list or a section")
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} is given twice", key.start_mark
@@ -119,9 +125,15 @@ def _set(tree: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set {override}: the value is not YAML") from error
 
 
-def _explain(error: ErrorDetails) -> str:
+def _explain(errors: Sequence[ErrorDetails]) -> str:
     """One sentence with the rule, the value and, for a mistyped key, the nearest known one."""
-    where = ".".join(str(part) for part in error["loc"])
+    error = errors[0]
+    parts = [str(part) for part in error["loc"] if str(part) not in UNION_MEMBERS]
+    # A value that fits no member of a union has one error for each; the last is the number's.
+    same = [e for e in errors if [str(p) for p in e["loc"]][: len(parts)] == parts]
+    if len(parts) < len(error["loc"]):
+        error = same[-1]
+    where = ".".join(parts)
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0)

@@ -51,11 +51,13 @@ class Frontier:
         rows: The baseline and one row for each ratio.
         computed: Labels of the stages that had to be computed.
         sweep_run: MLflow run of the sweep, or None where MLflow could not be reached.
+        report: Folder of its tables and plots.
     """
 
     rows: list[report.Row]
     computed: list[str]
     sweep_run: str | None
+    report: Path
 
 
 def parallel_finetunes(experiment: Experiment) -> int:
@@ -66,7 +68,14 @@ def parallel_finetunes(experiment: Experiment) -> int:
     """
     if experiment.execution.parallel != "auto":
         return experiment.execution.parallel
-    return 1 if shutil.which("nvidia-smi") else min(4, os.cpu_count() or 1)
+    return 1 if shutil.which("nvidia-smi") else min(4, cores())
+
+
+def cores() -> int:
+    """Cores this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @task(cache_policy=NO_CACHE, task_run_name="data")
@@ -148,7 +157,8 @@ def _sweep(context: Context) -> Frontier:
         stages = {"sparse": thin, "prune": pruned, "finetune": model}
         cost = _result(measure.submit(context, model))
         rows.append(_row(f"{ratio:g}", model, cost, stages))
-    report.mark_pareto(rows)
+    for row, best in zip(rows, report.pareto(rows), strict=True):
+        row["pareto"] = best
     return _publish(context, rows)
 
 
@@ -178,19 +188,20 @@ def _cut_figures(pruned: Manifest) -> dict[str, float]:
 def _publish(context: Context, rows: list[report.Row]) -> Frontier:
     """Write the report, record the sweep in MLflow, and show the table in Prefect."""
     experiment = context.experiment
-    folder = project.reports_folder() / experiment.name
+    points = json.dumps([row["stages"] for row in rows])
+    key = f"sweep-{hashlib.sha256(points.encode()).hexdigest()[:12]}"
+    folder = project.reports_folder() / experiment.name / key
     report.write_report(folder, experiment.name, rows)
-    key = hashlib.sha256(json.dumps([row["stages"] for row in rows]).encode()).hexdigest()[:20]
     name = f"{experiment.name} {rows[1]['point']} to {rows[-1]['point']}"
     params = experiment.model_dump(mode="json", exclude={"execution"})
-    sweep_run = context.tracker.sweep(name, f"sweep-{key}", rows, params, folder)
+    sweep_run = context.tracker.sweep(name, key, rows, params, folder)
     header, cells = report.table_cells(rows)
     create_table_artifact(
         [dict(zip(header, line, strict=True)) for line in cells],
         key=f"frontier-{experiment.name.lower().replace('_', '-')}",
         description=_links(context.tracker, rows, sweep_run),
     )
-    return Frontier(rows, context.computed, sweep_run)
+    return Frontier(rows, context.computed, sweep_run, folder)
 
 
 def _links(tracker: Tracker, rows: list[report.Row], sweep_run: str | None) -> str:
@@ -231,6 +242,7 @@ def run_stage(context: Context, stage: Stage, whole_machine: bool = True) -> Any
             with seats(count, total, children.stopping, log):
                 manifest = _compute(context, stage, count / total, lock)
         context.tracker.finish(manifest)
+        shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
     if cached:
         display.say(f"{stage.label}: cached")
         return Completed(name="Cached", message=f"verified {stage.key}", data=manifest)
@@ -263,11 +275,6 @@ def _compute(context: Context, stage: Stage, share: float, lock: int) -> Manifes
 
 def _job(experiment: Experiment, stage: Stage, share: float, folder: Path) -> dict[str, Any]:
     """All a stage's process is told: settings, upstream files, and how to use the machine."""
-    cpus = max(1, int(share * (os.cpu_count() or 1)))
-    workers = experiment.execution.loader_workers
-    if workers == "auto":
-        # A loader that competes with training for its cores costs more than it gives.
-        workers = cpus - 1 if shutil.which("nvidia-smi") else cpus // 4
     return {
         "stage": stage.name,
         "settings": stage.settings,
@@ -278,7 +285,7 @@ def _job(experiment: Experiment, stage: Stage, share: float, folder: Path) -> di
         "checkpoint": experiment.baseline.checkpoint,
         "inputs": {n: str(m.file(m.result).resolve()) for n, m in stage.inputs.items()},
         "folder": str(folder),
-        "threads": max(1, cpus - workers),
-        "loader_workers": workers,
+        "cpus": max(1, int(share * cores())),
+        "loader_workers": experiment.execution.loader_workers,
         "parent": os.getpid(),
     }

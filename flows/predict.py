@@ -13,7 +13,7 @@ from crnn.data.sources import ImageFiles
 from crnn.errors import DataError
 from crnn.evaluation import read
 from flows import project
-from flows.stages import MODEL
+from flows.cache import MODEL
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 

@@ -1,6 +1,6 @@
 """Looking without computing: the data check, and what each ratio would cut."""
 
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from crnn.errors import UserError
@@ -10,27 +10,20 @@ from flows.experiment import Experiment
 
 
 def check(experiment: Experiment) -> tuple[dict[str, dict[str, int]], list[dict[str, str]]]:
-    """Check both splits: counts by split, and the bad samples."""
-    from dataclasses import asdict
+    """Check both splits: counts by split, and the bad samples.
 
-    from crnn.charset import Charset
-    from crnn.data.check import check_split, training_charset
-    from crnn.data.sources import open_source
+    Raises:
+        DataError: A split without a usable sample.
+    """
+    from crnn.data.check import check_splits, refuse_empty
     from crnn.networks.vgg import STRIDE
 
-    settings = experiment.data
-    sources = {s: open_source(settings, s, experiment.seed) for s in ("train", "val")}
-    charset = (
-        Charset.load(Path(settings.root) / settings.charset)
-        if settings.charset
-        else training_charset(sources["train"])
-    )
-    checks = {
-        split: check_split(split, source, charset, settings.max_width, STRIDE)
-        for split, source in sources.items()
-    }
-    counts = {s: {"total": c.total, "usable": len(c.indices)} for s, c in checks.items()}
-    return counts, [asdict(sample) for c in checks.values() for sample in c.bad]
+    charset = definitions.given_charset(experiment.data)
+    checked = check_splits(experiment.data, experiment.seed, charset, STRIDE)
+    bad = [asdict(sample) for check in checked.splits.values() for sample in check.bad]
+    if not bad:
+        refuse_empty(checked.splits)
+    return {split: check.counts for split, check in checked.splits.items()}, bad
 
 
 def preview(experiment: Experiment) -> list[dict[str, Any]]:
@@ -41,7 +34,7 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
     """
     sparse = find_sparse(experiment)
     from crnn.checkpoint import load_checkpoint
-    from flows.stages import start_of_cut
+    from flows.stages.training import start_of_cut
     from pruning.cost import macs, parameters
     from pruning.gammas import absolute_gammas
     from pruning.selection import keep_masks

@@ -22,15 +22,17 @@ ACCURACY = "val/word_accuracy"
 Row = dict[str, Any]
 
 
-def mark_pareto(rows: Sequence[Row], cost: str = "cost/params_total") -> None:
-    """Set row["pareto"]: no other row is at least as good in both figures and better in one."""
-    for row in rows:
-        row["pareto"] = not any(
+def pareto(rows: Sequence[Row], cost: str = "cost/params_total") -> list[bool]:
+    """For each row: no other is at least as good in accuracy and cost, and better in one."""
+    return [
+        not any(
             other[cost] <= row[cost]
             and other[ACCURACY] >= row[ACCURACY]
             and (other[cost] < row[cost] or other[ACCURACY] > row[ACCURACY])
             for other in rows
         )
+        for row in rows
+    ]
 
 
 def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
@@ -47,7 +49,7 @@ def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
 
 
 def _csv(rows: Sequence[Row]) -> bytes:
-    names = [name for name in rows[0] if name != "stages"]
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "stages"))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore")
     writer.writeheader()
@@ -60,73 +62,77 @@ def _png(title: str, rows: Sequence[Row]) -> bytes:
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     for axes, (cost, name) in zip(figure.subplots(2, 2).flat, AXES.items(), strict=True):
-        for row in rows:
-            low, high = row[f"{ACCURACY}_low"], row[f"{ACCURACY}_high"]
-            value = row[ACCURACY]
-            is_baseline = row["point"] == "baseline"
-            axes.errorbar(
-                row[cost],
-                100 * value,
-                yerr=[[100 * (value - low)], [100 * (high - value)]],
-                fmt="s" if is_baseline else "o",
-                color="tab:red" if is_baseline else "tab:blue",
-                mfc=None if row["pareto"] else "white",
-                capsize=3,
-                lw=1,
-            )
-            axes.annotate(
-                row["point"], (row[cost], 100 * value), (5, 5), textcoords="offset points"
-            )
-        best = sorted((r for r in rows if r["pareto"]), key=lambda r: r[cost])
-        axes.plot(
-            [r[cost] for r in best], [100 * r[ACCURACY] for r in best], "--", color="grey", lw=1
-        )
+        _draw_panel(axes, rows, cost)
         axes.set(xscale="log", xlabel=name, ylabel="word accuracy, %")
         axes.grid(alpha=0.3, which="both")
-    samples = int(rows[0]["val/samples"])
-    figure.suptitle(
-        f"{title}: {samples} val lines, 95% intervals; filled: Pareto set of parameters"
-    )
-    return _figure_bytes(figure)
-
-
-def _figure_bytes(figure: Any) -> bytes:
+    lines = int(rows[0]["val/samples"])
+    figure.suptitle(f"{title}: {lines} val lines, 95% intervals; square: baseline; filled: Pareto")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
+def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
+    best = pareto(rows, cost)
+    for row, is_best in zip(rows, best, strict=True):
+        below, above = _interval(row)
+        axes.errorbar(
+            row[cost],
+            100 * row[ACCURACY],
+            yerr=[[below], [above]],
+            fmt="s" if row["point"] == "baseline" else "o",
+            color="tab:blue",
+            mfc="tab:blue" if is_best else "white",
+            capsize=3,
+            lw=1,
+        )
+        place = (row[cost], 100 * row[ACCURACY])
+        axes.annotate(row["point"], place, (5, 5), textcoords="offset points")
+    front = sorted((r for r, b in zip(rows, best, strict=True) if b), key=lambda r: r[cost])
+    heights = [100 * r[ACCURACY] for r in front]
+    axes.plot([r[cost] for r in front], heights, "--", color="grey", lw=1)
+
+
+def _interval(row: Row) -> tuple[float, float]:
+    """Distance from the accuracy down and up to the ends of its interval, in points."""
+    low, high = row[f"{ACCURACY}_low"], row[f"{ACCURACY}_high"]
+    return 100 * (row[ACCURACY] - low), 100 * (high - row[ACCURACY])
+
+
 def _html(title: str, rows: Sequence[Row]) -> bytes:
     import plotly.graph_objects as go
 
-    def x(cost: str) -> list[float]:
-        return [row[cost] for row in rows]
+    def view(cost: str) -> dict[str, Any]:
+        colors = ["#1f77b4" if best else "#b8c4d0" for best in pareto(rows, cost)]
+        return {"x": [row[cost] for row in rows], "marker.color": colors}
 
-    accuracy = [100 * row[ACCURACY] for row in rows]
+    below, above = zip(*(_interval(row) for row in rows), strict=True)
+    first = view("cost/params_total")
     figure = go.Figure(
         go.Scatter(
-            x=x("cost/params_total"),
-            y=accuracy,
+            x=first["x"],
+            y=[100 * row[ACCURACY] for row in rows],
             text=[row["point"] for row in rows],
             mode="markers+text",
             textposition="top center",
-            error_y={
-                "array": [100 * (r[f"{ACCURACY}_high"] - r[ACCURACY]) for r in rows],
-                "arrayminus": [100 * (r[ACCURACY] - r[f"{ACCURACY}_low"]) for r in rows],
-            },
+            error_y={"array": above, "arrayminus": below},
             marker={
                 "size": 11,
                 "symbol": ["square" if r["point"] == "baseline" else "circle" for r in rows],
-                "color": ["#d62728" if r["pareto"] else "#9aa5b1" for r in rows],
+                "color": first["marker.color"],
             },
         )
     )
     buttons = [
-        {"label": name, "method": "update", "args": [{"x": [x(cost)]}, {"xaxis.title.text": name}]}
+        {
+            "label": name,
+            "method": "update",
+            "args": [{k: [v] for k, v in view(cost).items()}, {"xaxis.title.text": name}],
+        }
         for cost, name in AXES.items()
     ]
     figure.update_layout(
-        title=f"{title} (red: Pareto set; square: baseline)",
+        title=f"{title} (dark: Pareto set; square: baseline)",
         xaxis={"title": {"text": AXES["cost/params_total"]}, "type": "log"},
         yaxis={"title": {"text": "word accuracy, %"}},
         updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12}],

@@ -6,6 +6,7 @@ and what an outage kept from being recorded is recorded the next time the stage 
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,12 +19,14 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from crnn.errors import CheckpointError
 from flows import project
-from flows.cache import MANIFEST, Manifest, Stage
+from flows.cache import GAMMAS, HISTORY, MANIFEST, SNAPSHOTS, Manifest, Stage
 from flows.locks import single_flight
 
-HISTORY = "history.jsonl"
-SNAPSHOTS = "snapshots"
+RETRY_SECONDS = 30
+"""MLflow that could not be reached is left alone this long."""
+
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -38,11 +41,11 @@ class Tracker:
     def __init__(self, experiment: str, warn: Callable[[str], None]) -> None:
         self._name = experiment
         self._warn = warn
-        self._warned = False
         self._lock = threading.RLock()
         self._recorded: dict[str, str] = {}
+        self._failed_at = -math.inf
         self.experiment_id: str | None = None
-        self._try(self._connect)
+        self._try(lambda: None)
 
     def _connect(self) -> None:
         # Processes that create the same fresh SQLite store at once collide.
@@ -53,24 +56,32 @@ class Tracker:
                 folder = project.home() / "mlflow" / "artifacts" / self._name
                 local = mlflow.get_tracking_uri().startswith("sqlite")
                 location = folder.as_uri() if local else None
-                self.experiment_id = self._client.create_experiment(self._name, location)
+                experiment_id = self._client.create_experiment(self._name, location)
             else:
-                self.experiment_id = found.experiment_id
+                experiment_id = found.experiment_id
+        self._everywhere = [e.experiment_id for e in self._client.search_experiments()]
         for run in self._search("tags.kind = 'stage' and attributes.status = 'FINISHED'"):
             self._recorded[run.data.tags["stage_key"]] = run.info.run_id
+        self.experiment_id = str(experiment_id)
 
     def _try(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Do it, or warn once an outage and leave MLflow alone for a while."""
         with self._lock:
+            if time.monotonic() - self._failed_at < RETRY_SECONDS:
+                return None
             try:
+                if self.experiment_id is None:
+                    self._connect()
                 return action(*arguments)
-            except (MlflowException, OSError) as error:
-                if not self._warned:
-                    reason = str(error).splitlines()[0][:200]
+            except Exception as error:
+                # MLflow lets errors of SQLAlchemy, of its plugins and of the network through.
+                if self._failed_at == -math.inf:
+                    reason = str(error).strip().splitlines()[0][:200]
                     self._warn(
                         f"MLflow cannot be reached ({reason}); what is missing there will be"
                         " recorded when the stage is met again"
                     )
-                    self._warned = True
+                self._failed_at = time.monotonic()
                 return None
 
     def _search(self, condition: str) -> list[Run]:
@@ -78,7 +89,7 @@ class Tracker:
         token = None
         while True:
             page = self._client.search_runs(
-                [str(self.experiment_id)], condition, max_results=1000, page_token=token
+                self._everywhere, condition, max_results=1000, page_token=token
             )
             found += page
             if not (token := page.token):
@@ -88,6 +99,7 @@ class Tracker:
 
     def begin(self, stage: Stage) -> str | None:
         """Open the canonical run of a stage that is about to be computed, or computed on."""
+        self._recorded.pop(stage.key, None)
         run_id: str | None = self._try(
             self._open, stage.key, stage.name, stage.label, stage.settings
         )
@@ -97,16 +109,19 @@ class Tracker:
         return next(iter(self._search(f"{condition} = '{value}'")), None)
 
     def _open(self, key: str, name: str, label: str, settings: dict[str, Any]) -> str:
-        if (found := self._find("tags.stage_key", key)) is not None:
-            self._client.update_run(found.info.run_id, status="RUNNING")
-            return str(found.info.run_id)
-        return self._create(label, {"kind": "stage", "stage": name, "stage_key": key}, settings)
+        found = self._find("tags.kind = 'stage' and tags.stage_key", key)
+        if found is None:
+            return self._create(label, {"kind": "stage", "stage": name, "stage_key": key}, settings)
+        run_id = str(found.info.run_id)
+        self._client.update_run(run_id, status="RUNNING")
+        if not found.data.params:
+            self._client.log_batch(run_id, params=_params(settings))
+        return run_id
 
     def _create(self, name: str, tags: dict[str, str], params: dict[str, Any]) -> str:
         tags = {**tags, "git_commit": project.git_commit()}
         run = self._client.create_run(str(self.experiment_id), run_name=name, tags=tags)
-        flat = [Param(key, str(value)[:6000]) for key, value in _flat(params).items()]
-        self._client.log_batch(run.info.run_id, params=flat)
+        self._client.log_batch(run.info.run_id, params=_params(params))
         return str(run.info.run_id)
 
     def epochs(self, run_id: str | None, folder: Path) -> None:
@@ -124,7 +139,7 @@ class Tracker:
             if step in logged:
                 continue
             # The image first: metrics mark the epoch as logged.
-            gammas = folder / "gammas" / f"epoch-{step:04d}.npz"
+            gammas = folder / GAMMAS / f"epoch-{step:04d}.npz"
             image = _gamma_image(gammas, f"epoch {step}")
             self._client.log_image(run_id, image, key="gammas", step=step)
             self._client.log_batch(run_id, metrics=_metrics(record, step))
@@ -148,7 +163,7 @@ class Tracker:
 
     def _complete(self, run_id: str, manifest: Manifest) -> None:
         self._epochs(run_id, manifest.folder)
-        if not manifest.file(HISTORY).exists():
+        if not self._client.get_run(run_id).data.metrics:  # Of a stage without epochs.
             self._client.log_batch(run_id, metrics=_metrics(manifest.metrics, 0))
         for name in [*manifest.files, MANIFEST]:
             # Snapshots are large, and of use to the cache alone.
@@ -196,7 +211,7 @@ class Tracker:
                 if found.info.status == "FINISHED":
                     return sweep_id
             children = self._search(f"tags.mlflow.parentRunId = '{sweep_id}'")
-            there = {run.info.run_name for run in children}
+            there = {r.info.run_name for r in children if r.info.status == "FINISHED"}
             for point in points:
                 if point["point"] not in there:
                     self._point(sweep_id, key, point)
@@ -225,13 +240,26 @@ class Tracker:
 
 
 def download(uri: str) -> Path:
-    """Fetch an artifact named by an MLflow URI (runs:/..., models:/..., mlflow-artifacts:/...)."""
-    return Path(mlflow.artifacts.download_artifacts(uri))
+    """Fetch an artifact named by an MLflow URI (runs:/..., models:/..., mlflow-artifacts:/...).
+
+    Raises:
+        CheckpointError: MLflow has no such artifact, or cannot be reached.
+    """
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri))
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"MLflow gives no artifact at {uri}: {reason}") from error
 
 
 def _metrics(values: dict[str, float], step: int) -> list[Metric]:
     now = int(time.time() * 1000)
     return [Metric(name, float(value), now, step) for name, value in values.items()]
+
+
+def _params(tree: dict[str, Any]) -> list[Param]:
+    """Settings as MLflow params, `section.key`; MLflow takes 6,000 characters of each."""
+    return [Param(key, str(value)[:6000]) for key, value in _flat(tree).items()]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

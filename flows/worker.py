@@ -26,17 +26,41 @@ def main() -> None:
     _end_with_parent(job["parent"])
     emit = _emitter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)
-    from flows.stages import compute
-
     try:
-        emit({"event": "done", **compute(job, emit)})
+        emit({"event": "done", **_compute(job, emit)})
     except UserError as error:
         emit({"event": "refused", "kind": type(error).__name__, "message": str(error)})
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror}{where} in stage {job['stage']}; finished epochs are kept"
+        message = (
+            f"{error.strerror or error}{where} in stage {job['stage']}; finished epochs are kept"
+        )
         emit({"event": "refused", "kind": "UserError", "message": message})
         raise
+
+
+def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run the stage that the job names, in its work folder."""
+    from flows.stages.cutting import measure, prune
+    from flows.stages.data import data
+    from flows.stages.training import baseline, finetune, history, sparse
+    from flows.stages.work import Work, run_timed
+
+    stages = {
+        "data": data,
+        "baseline": baseline,
+        "sparse": sparse,
+        "prune": prune,
+        "finetune": finetune,
+        "measure": measure,
+    }
+    folder = Path(job["folder"])
+    work = Work(job, folder, folder / "out", emit)
+    work.out.mkdir(exist_ok=True)
+    for left_over in work.out.rglob(".*.tmp"):  # Of an attempt that was killed while it wrote.
+        left_over.unlink()
+    before = sum(record["train/seconds"] for record in history(work.out))
+    return run_timed(work, stages[job["stage"]], before)
 
 
 def _emitter(stream: TextIO) -> Callable[[dict[str, Any]], None]:

@@ -51,7 +51,7 @@ class Auto(Penalty):
     |gamma x d loss / d gamma|, the first-order change of the loss when the channel goes
     (Molchanov et al. 2019, arXiv:1906.10771): |gamma| itself misleads, because a BatchNorm
     behind the next convolution undoes any common scale of a layer. Channels in the share shrink
-    by a fixed amount a step, the others are left alone, and every layer keeps a floor.
+    step by step and stay dead, the others are left alone, and every layer keeps a floor.
     """
 
     RAMP = 0.7
@@ -61,7 +61,10 @@ class Auto(Penalty):
     """Share of a layer's channels that are never driven to zero."""
 
     SHRINK = 3e-3
-    """Taken off |gamma| each step: about 200 steps from a usual scale to zero."""
+    """Taken off |gamma| each step, at least: about 200 steps from a usual scale to zero."""
+
+    OUTRUN = 3
+    """Taken off in learning rates, at least: more than Adam can put back."""
 
     DECAY = 0.99
     """Of the running mean of importance, each step."""
@@ -79,17 +82,20 @@ class Auto(Penalty):
 
     @torch.no_grad()
     def after_step(self, run: Run, learning_rate: float, progress: float) -> None:
-        """Shrink the channels that rank lowest now."""
+        """Shrink the channels that rank lowest now; what is left of them after the ramp goes."""
         layers = prunable(run.model).values()
         sizes = [layer.num_features for layer in layers]
-        importance = torch.split(run.memory["importance"], sizes)
-        ranked = torch.cat([self._protected(values) for values in importance])
+        dead = torch.cat([layer.weight == 0 for layer in layers])
+        importance = torch.where(dead, -1, run.memory["importance"])
+        ranked = torch.cat([self._protected(part) for part in torch.split(importance, sizes)])
         share = self.target_ratio * (1 - (1 - min(progress / self.RAMP, 1)) ** 3)
         count = min(math.floor(share * len(ranked) + 1e-9), int(ranked.isfinite().sum()))
-        lowest = torch.zeros_like(ranked, dtype=torch.bool)
+        lowest = torch.zeros_like(dead)
         lowest[ranked.argsort(stable=True)[:count]] = True
+        ramping = progress < self.RAMP
+        amount = max(self.SHRINK, self.OUTRUN * learning_rate) if ramping else math.inf
         for layer, dying in zip(layers, torch.split(lowest, sizes), strict=True):
-            shrunk = layer.weight.sign() * (layer.weight.abs() - self.SHRINK).clamp(min=0)
+            shrunk = layer.weight.sign() * (layer.weight.abs() - amount).clamp(min=0)
             layer.weight.copy_(torch.where(dying, shrunk, layer.weight))
 
     def _protected(self, importance: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Batches of lines of like width, in an order that is a function of (seed, epoch)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,14 @@ from crnn.data.augment import augment
 from crnn.data.images import HEIGHT, fit_line
 from crnn.data.render import generator
 from crnn.data.sources import Source
+from crnn.errors import DataError
 from crnn.settings import AugmentSettings, TrainSettings
 
 BUCKET = 16
 """Lines are padded to the next multiple of this width, in pixels."""
+
+Sample = tuple[np.ndarray, str, int]
+"""Pixels (32, w, 3), label, number in the source."""
 
 PADDING = 128
 """Grey level of padding; it becomes zero, give or take 1/255, when normalised."""
@@ -70,7 +75,7 @@ class Lines:
 
     def sample(self, count: int) -> "Lines":
         """At most `count` of the lines, evenly spaced."""
-        chosen = np.arange(0, len(self), max(1, len(self) // count))[:count]
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64)
         return replace(self, indices=self.indices[chosen], widths=self.widths[chosen])
 
 
@@ -93,22 +98,34 @@ def pad(lines: Sequence[np.ndarray]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _View(Dataset[tuple[np.ndarray, str, int]]):
+class _View(Dataset[Sample | DataError]):
     """Lines as one epoch sees them."""
 
     lines: Lines
     change: AugmentSettings | None
     key: tuple[int, int]
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, str, int]:
-        lines, index = self.lines, int(self.lines.indices[position])
+    def __getitem__(self, position: int) -> Sample | DataError:
+        """The sample; or why it cannot be read, for the process that trains to raise."""
+        index = int(self.lines.indices[position])
+        try:
+            return self._read(index)
+        except DataError as error:
+            name = self.lines.source.name(index)
+            return DataError(f"sample {name}, which could be read before, cannot be now: {error}")
+
+    def _read(self, index: int) -> Sample:
+        lines = self.lines
         image = fit_line(lines.source.image(index), lines.max_width)
         if self.change is not None:
             image = augment(image, self.change, generator(*self.key, index))
         return np.asarray(image), lines.source.label(index), index
 
-    def collate(self, samples: list[tuple[np.ndarray, str, int]]) -> Batch:
-        images, labels, indices = zip(*samples, strict=True)
+    def collate(self, samples: list[Sample | DataError]) -> Batch | DataError:
+        read = [sample for sample in samples if not isinstance(sample, DataError)]
+        if len(read) < len(samples):
+            return next(sample for sample in samples if isinstance(sample, DataError))
+        images, labels, indices = zip(*read, strict=True)
         classes = [self.lines.charset.encode(label) for label in labels]
         return Batch(
             images=pad(images),
@@ -121,15 +138,29 @@ class _View(Dataset[tuple[np.ndarray, str, int]]):
         )
 
 
-def training_batches(
-    lines: Lines, settings: TrainSettings, seed: int, epoch: int
-) -> DataLoader[Batch]:
+class Batches:
+    """Batches to iterate over once, loaded as they are asked for."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def training_batches(lines: Lines, settings: TrainSettings, seed: int, epoch: int) -> Batches:
     """Every line once, shuffled and augmented as (seed, epoch) say."""
     view = _View(lines, settings.augment, (seed, epoch))
     return _loader(view, _shuffled(lines.widths, settings.batch_size, generator(seed, epoch)))
 
 
-def evaluation_batches(lines: Lines, batch_size: int = 64) -> DataLoader[Batch]:
+def evaluation_batches(lines: Lines, batch_size: int = 64) -> Batches:
     """Every line once, unchanged, in batches that never mix widths of two buckets."""
     order = np.argsort(lines.widths, kind="stable")
     buckets = np.split(order, np.flatnonzero(np.diff(_bucket(lines.widths[order]))) + 1)
@@ -160,12 +191,13 @@ def _shuffled(widths: np.ndarray, size: int, rng: np.random.Generator) -> list[n
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _loader(view: _View, batches: list[np.ndarray]) -> DataLoader[Batch]:
+def _loader(view: _View, batches: list[np.ndarray]) -> Batches:
     workers = min(view.lines.workers, len(batches))
-    return DataLoader(
-        view,  # type: ignore[arg-type]
+    loader = DataLoader(
+        view,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=view.collate,
         prefetch_factor=4 if workers else None,
     )
+    return Batches(loader)

@@ -4,14 +4,16 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from crnn.charset import Charset
 from crnn.data.images import fit_line
-from crnn.data.sources import Source
+from crnn.data.sources import Source, open_source
 from crnn.errors import DataError
+from crnn.settings import DataSettings
 
 LISTED = 10
 """Bad samples that an error names before it refers to the rest by number."""
@@ -39,16 +41,63 @@ class Checked:
     """The outcome for one split.
 
     Attributes:
-        total: Samples looked at.
-        indices: (S,) int64, the usable ones.
+        source: What was looked at.
+        indices: (S,) int64, the usable samples.
         widths: (S,) int32, their widths at 32 px high, in pixels.
         bad: The others.
     """
 
-    total: int
+    source: Source
     indices: np.ndarray
     widths: np.ndarray
     bad: list[BadSample]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples in all, usable and bad."""
+        return {
+            "total": len(self.indices) + len(self.bad),
+            "usable": len(self.indices),
+            "bad": len(self.bad),
+        }
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """The outcome for a data set.
+
+    Attributes:
+        charset: As given, or the characters of the training labels.
+        splits: "train" and "val".
+    """
+
+    charset: Charset
+    splits: dict[str, Checked]
+
+
+def check_splits(
+    settings: DataSettings,
+    seed: int,
+    charset: Charset | None,
+    stride: int,
+    on_sample: Callable[[str, int, int], None] | None = None,
+) -> CheckedData:
+    """Decode every image and test every label of both splits.
+
+    Args:
+        settings: Where the samples are.
+        seed: Of rendered text.
+        charset: Characters a label may have; None takes those of the training labels.
+        stride: Pixels for each CTC frame.
+        on_sample: Called with (split, samples done, samples in all).
+    """
+    sources = {split: open_source(settings, split, seed) for split in ("train", "val")}
+    charset = charset or training_charset(sources["train"])
+    splits = {}
+    for split, source in sources.items():
+        on_one = partial(on_sample, split) if on_sample else None
+        splits[split] = check_split(split, source, charset, (settings.max_width, stride), on_one)
+    return CheckedData(charset, splits)
 
 
 def needed_frames(label: str) -> int:
@@ -60,8 +109,7 @@ def check_split(
     split: str,
     source: Source,
     charset: Charset,
-    max_width: int,
-    stride: int,
+    geometry: tuple[int, int],
     on_sample: Callable[[int, int], None] | None = None,
 ) -> Checked:
     """Decode every image and test every label.
@@ -70,10 +118,10 @@ def check_split(
         split: Name of the split, for the list.
         source: Its samples.
         charset: Characters a label may have.
-        max_width: Widest line, in pixels.
-        stride: Pixels for each CTC frame.
+        geometry: Widest line, and stride of a CTC frame, in pixels.
         on_sample: Called with (samples done, samples in all).
     """
+    max_width, stride = geometry
     indices, widths = array("q"), array("i")
     bad: list[BadSample] = []
     for index in range(len(source)):
@@ -90,7 +138,7 @@ def check_split(
             widths.append(width)
         if on_sample:
             on_sample(index + 1, len(source))
-    return Checked(len(source), np.array(indices, np.int64), np.array(widths, np.int32), bad)
+    return Checked(source, np.array(indices, np.int64), np.array(widths, np.int32), bad)
 
 
 def _fault(label: str, frames: int, charset: Charset) -> tuple[str, str] | None:
@@ -106,20 +154,29 @@ def _fault(label: str, frames: int, charset: Charset) -> tuple[str, str] | None:
     return None
 
 
-def refuse_bad(checks: list[Checked]) -> None:
+def refuse_bad(splits: dict[str, Checked]) -> None:
     """Raise a DataError that counts the bad samples by reason and names the first ten."""
-    bad = [sample for check in checks for sample in check.bad]
+    bad = [sample for check in splits.values() for sample in check.bad]
     if not bad:
         return
-    counts = ", ".join(
-        f"{n} {reason}" for reason, n in Counter(b.reason for b in bad).most_common()
-    )
+    total = sum(check.counts["total"] for check in splits.values())
+    reasons = Counter(sample.reason for sample in bad)
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     listed = "".join(f"\n  {b.split} {b.name}: {b.reason} ({b.detail})" for b in bad[:LISTED])
     more = f"\n  and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
     raise DataError(
-        f"{len(bad)} of {sum(c.total for c in checks)} samples cannot be used ({counts}); mend"
+        f"{len(bad)} of {total} samples cannot be used ({counts}); mend"
         f" them, or leave them out with --set data.on_bad_sample=skip:{listed}{more}"
     )
+
+
+def refuse_empty(splits: dict[str, Checked]) -> None:
+    """Raise a DataError where a split has no usable sample."""
+    for split, check in splits.items():
+        if len(check.indices) == 0:
+            raise DataError(
+                f"the {split} split has no usable sample; check data.root and data.{split}"
+            )
 
 
 def training_charset(source: Source) -> Charset:

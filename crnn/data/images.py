@@ -28,9 +28,12 @@ def decode(data: bytes) -> Image.Image:
                 raise DataError(f"image of {image.width} x {image.height} px is too large")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError("not a readable image") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:
+        # Pillow's decoders raise whatever a damaged file leads them to.
         raise DataError(f"damaged image ({error})") from error
 
 

@@ -1,8 +1,8 @@
-"""Text lines rendered from a seed: the same image for the same (seed, index) everywhere.
+"""Text lines rendered from a seed: the same image for the same (seed, index) on any machine.
 
 Fonts are the DejaVu and STIX families that matplotlib brings. Chance comes from a counter-based
 generator keyed by (seed, index), and everything after the glyphs is integer arithmetic, so no
-maths library can change a pixel.
+maths library can change a pixel. Glyphs are drawn by the FreeType that Pillow carries.
 """
 
 import importlib.util

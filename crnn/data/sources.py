@@ -9,14 +9,14 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import lmdb
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from crnn.data.images import decode
 from crnn.data.render import VERSION, render_label, render_line
@@ -144,14 +144,9 @@ class Lmdb:
         if not (path / "data.mdb").is_file():
             raise DataError(f"no LMDB at {path} (a folder with data.mdb); set data.root")
 
-    @cached_property
+    @property
     def _environment(self) -> lmdb.Environment:
-        try:
-            return lmdb.open(
-                str(self.path), readonly=True, lock=False, readahead=False, max_readers=1024
-            )
-        except lmdb.Error as error:
-            raise DataError(f"LMDB at {self.path} cannot be opened: {error}") from error
+        return _opened(self.path.resolve())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -169,7 +164,10 @@ class Lmdb:
     @cached_property
     def _count(self) -> int:
         try:
-            return int(self._get("num-samples"))
+            count = int(self._get("num-samples"))
+            if count < 0:
+                raise ValueError(f"{count} samples")
+            return count
         except (DataError, ValueError) as error:
             raise DataError(
                 f"LMDB at {self.path} has no usable key num-samples ({error})"
@@ -222,7 +220,9 @@ class Rendered:
         return self.digest()
 
     def digest(self) -> str:
-        made_of = [VERSION, self.count, self.seed, self.text.model_dump()]
+        # Another FreeType draws other pixels.
+        drawn_by = [VERSION, features.version("freetype2")]
+        made_of = [drawn_by, self.count, self.seed, self.text.model_dump()]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
@@ -271,6 +271,15 @@ def open_source(settings: DataSettings, split: str, seed: int) -> Source:
     if (root / place).is_dir():
         return Lmdb(root / place)
     return LabelFile(root / place, root)
+
+
+@cache
+def _opened(path: Path) -> lmdb.Environment:
+    """LMDB allows one environment a folder and process, whoever asks for it."""
+    try:
+        return lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise DataError(f"LMDB at {path} cannot be opened: {error}") from error
 
 
 def _read(path: Path) -> bytes:

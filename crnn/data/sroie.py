@@ -49,7 +49,7 @@ def convert(folder: Path, target: Path, val_percent: int = 10) -> dict[str, int]
     counts: Counter[str] = Counter()
     for receipt in receipts:
         split = _split(_company(folder, receipt.stem), val_percent)
-        page = decode(receipt.read_bytes()).convert("L")
+        page = _page(receipt)
         for number, (box, text) in enumerate(_boxes(folder, receipt.stem)):
             crop = _crop(page, box)
             if reason := _reason_to_skip(crop, text):
@@ -67,12 +67,19 @@ def convert(folder: Path, target: Path, val_percent: int = 10) -> dict[str, int]
     return dict(counts)
 
 
+def _page(receipt: Path) -> Image.Image:
+    try:
+        return decode(receipt.read_bytes()).convert("L")
+    except DataError as error:
+        raise DataError(f"{receipt}: {error}") from error
+
+
 def _boxes(folder: Path, name: str) -> Iterator[tuple[Box, str]]:
     """Bounding box (left, top, right, bottom) and text of each line of a receipt."""
     found = [p for s in ("csv", "txt") if (p := folder / "box" / f"{name}.{s}").exists()]
     if not found:
         raise DataError(f"no box/{name}.csv or .txt in {folder}")
-    for line in found[0].read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in found[0].read_text(encoding="utf-8-sig", errors="replace").splitlines():
         if not line.strip():
             continue
         *corners, text = line.split(",", 8)
@@ -85,8 +92,9 @@ def _boxes(folder: Path, name: str) -> Iterator[tuple[Box, str]]:
 
 
 def _crop(page: Image.Image, box: Box) -> Image.Image:
-    left, top, right, bottom = box
-    return page.crop((max(0, left), max(0, top), min(page.width, right), min(page.height, bottom)))
+    left, right = (min(max(0, x), page.width) for x in (box[0], box[2]))
+    top, bottom = (min(max(0, y), page.height) for y in (box[1], box[3]))
+    return page.crop((left, top, right, bottom))
 
 
 def _reason_to_skip(crop: Image.Image, text: str) -> str | None:
@@ -107,8 +115,11 @@ def _reason_to_skip(crop: Image.Image, text: str) -> str | None:
 def _company(folder: Path, name: str) -> str:
     for path in (folder / "key" / f"{name}.json", folder / "entities" / f"{name}.txt"):
         if path.exists():
-            entities = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-            return str(entities.get("company", name)).upper()
+            try:
+                entities = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+                return str(entities["company"]).upper()
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}: not JSON with a company") from error
     return name
 
 

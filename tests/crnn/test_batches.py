@@ -52,7 +52,8 @@ def test_targets_are_the_labels_one_after_another(lines: Lines) -> None:
 
 
 def test_a_sample_of_lines_is_spread_over_them(lines: Lines) -> None:
-    assert lines.sample(4).indices.tolist() == [0, 10, 20, 30]
+    assert lines.sample(4).indices.tolist() == [0, 13, 26, 39]
+    assert len(set(lines.sample(30).indices)) == 30
     assert len(lines.sample(1000)) == len(lines)
 
 

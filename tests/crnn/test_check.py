@@ -24,8 +24,8 @@ def faulty(label_folder: Path) -> LabelFile:
 
 
 def test_every_fault_is_counted_and_listed(faulty: LabelFile) -> None:
-    checked = check_split("train", faulty, Charset("0123456789"), 320, 4)
-    assert checked.total == 31
+    checked = check_split("train", faulty, Charset("0123456789"), (320, 4))
+    assert checked.counts == {"total": 31, "usable": 24, "bad": 7}
     assert checked.indices.tolist() == list(range(24))
     assert (checked.widths >= 8).all()
     assert [bad.reason for bad in checked.bad] == [
@@ -42,9 +42,9 @@ def test_every_fault_is_counted_and_listed(faulty: LabelFile) -> None:
 
 
 def test_refusal_counts_by_reason_and_names_ten(faulty: LabelFile) -> None:
-    checked = check_split("train", faulty, Charset("0123456789"), 320, 4)
+    checked = check_split("train", faulty, Charset("0123456789"), (320, 4))
     with pytest.raises(DataError) as caught:
-        refuse_bad([checked, checked])
+        refuse_bad({"train": checked, "val": checked})
     message = str(caught.value)
     assert "14 of 62 samples cannot be used (8 unreadable, 2 empty label" in message
     assert "on_bad_sample=skip" in message
@@ -54,7 +54,7 @@ def test_refusal_counts_by_reason_and_names_ten(faulty: LabelFile) -> None:
 
 def test_good_samples_pass(label_folder: Path) -> None:
     source = LabelFile(label_folder / "val.txt", label_folder)
-    refuse_bad([check_split("val", source, Charset("0123456789"), 320, 4)])
+    refuse_bad({"val": check_split("val", source, Charset("0123456789"), (320, 4))})
 
 
 def test_the_charset_of_the_training_labels(faulty: LabelFile, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -47,15 +49,27 @@ def test_transparency_is_laid_on_white() -> None:
     assert np.asarray(decode(encoded(clear))).min() == 255
 
 
+def png_of_width(width: int) -> bytes:
+    """A PNG whose header says so, with a checksum that fits."""
+    data = bytearray(encoded(grey_ramp()))
+    data[16:20] = struct.pack(">I", width)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+ZERO_WIDTH = png_of_width(0)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "not a readable image"),
         (b"hello", "not a readable image"),
+        (ZERO_WIDTH, "not a readable image|damaged"),
         (encoded(grey_ramp(), "JPEG")[:200], "damaged|not a readable"),
         (encoded(Image.new("1", (40_000, 40_000))), "too large|not a readable"),
     ],
-    ids=["empty", "text", "truncated", "bomb"],
+    ids=["empty", "text", "zero width", "truncated", "bomb"],
 )
 def test_what_is_no_line_image_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -2,8 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,8 +79,68 @@ def new_project(folder: Path, **changes: Any) -> Project:
     return project
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_for(address: str, seconds: float = 60) -> bytes:
+    """Content of a page as soon as its server answers."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(address) as response:
+                content: bytes = response.read()
+                return content
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.3)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Prefect server for all tests: a pipeline that starts its own takes ten seconds."""
+    address = f"http://127.0.0.1:{free_port()}/api"
+    home = tmp_path_factory.mktemp("prefect")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+    command += ["--port", address.rsplit(":", 1)[1].removesuffix("/api")]
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(f"{address}/health")
+        os.environ["PREFECT_API_URL"] = address
+        yield address
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        server.terminate()
+        server.wait(30)
+
+
+LONG = {"sparse": {"epochs": 24, "batch_size": 8, "target_ratio": 0.6}, "ratios": [0.6]}
+"""Changes that leave time to stop a sparse stage in its midst."""
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, Any]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Project:
+    """The long experiment, computed without a stop."""
+    project = new_project(tmp_path_factory.mktemp("long"), **LONG)
+    project.frontier()
+    return project
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, prefect_server: str
+) -> tuple[Project, dict[str, Any]]:
     """The tiny frontier, computed, and what it printed. Do not change what others rely on."""
     project = new_project(tmp_path_factory.mktemp("tiny"))
     return project, project.frontier()

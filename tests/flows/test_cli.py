@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.flows.conftest import TINY, Project, new_project
+from tests.flows.conftest import TINY, Project, free_port, new_project, wait_for
 from tests.flows.test_pipeline import copy_of
 
 Finished = tuple[Project, dict[str, Any]]
@@ -27,11 +26,14 @@ def only_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_help_is_fast() -> None:
-    begun = time.monotonic()
     command = [sys.executable, "-m", "flows.cli", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "frontier" in result.stdout
-    assert time.monotonic() - begun < 2  # 0.15 s on an idle machine; tests may share theirs.
+    times = []
+    for _ in range(5):
+        begun = time.monotonic()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        times.append(time.monotonic() - begun)
+        assert "frontier" in result.stdout
+    assert min(times) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,9 @@ def test_help_is_fast() -> None:
         (["--ratios", "0.62;0.7"], "--ratios takes numbers with commas"),
         (["--ratios", "1.0"], "less than 1, not 1.0"),
         (["--set", "baselin.epochs=1"], "did you mean 'baseline'"),
+        (["--set", "data.train=0"], "data.train: input should be greater than or equal to 1"),
+        (["--set", "execution.parallel=0"], "execution.parallel: input should be greater than"),
+        (["--set", "data.text.min_length=9"], "min_length is at most max_length"),
         (["--set", "data.root=/nowhere", "--set", "data.train=a.txt"], "data.root /nowhere is no"),
     ],
 )
@@ -91,7 +96,7 @@ def test_check_data_lists_what_cannot_be_used(labelled: Project, label_folder: P
         file.write("images/thin.png\t1\n")
     result = labelled.run("check-data", str(labelled.params), "--json", code=2)
     found = json.loads(result.stdout)
-    assert found["counts"]["train"] == {"total": 25, "usable": 24}
+    assert found["counts"]["train"] == {"total": 25, "usable": 24, "bad": 1}
     assert [bad["reason"] for bad in found["bad"]] == [
         "characters outside the charset",
         "label too long for CTC",
@@ -126,7 +131,8 @@ def test_preview_shows_the_cuts_the_pipeline_makes(finished: Finished) -> None:
     for cut, row in zip(cuts, result["rows"][1:], strict=True):
         assert cut["params"] == row["cost/params_total"]
         assert cut["macs"] == row["cost/macs"]
-        assert cut["bytes"] == pytest.approx(row["cost/bytes"], rel=0.5)
+        header = row["cost/bytes"] - cut["bytes"]
+        assert 0 < header < 10_000, "a checkpoint is its tensors and a header"
         assert len(cut["widths"]) == 10
     table = project.run("preview", str(project.params), "--ratios", "0.1,0.5").stdout
     assert "0.5" in table
@@ -181,6 +187,7 @@ def test_predict_reads_with_a_model_out_of_mlflow(finished: Finished, pictures: 
         (["gone.safetensors", "a.png"], "no checkpoint file at gone.safetensors"),
         (["{params}", "a.png"], "is no safetensors file"),
         (["{model}", "gone.png"], "no image at gone.png"),
+        (["runs:/0/model.safetensors", "a.png"], "MLflow gives no artifact at runs:/0/model"),
         (["{model}", "{empty}"], "has no image files"),
     ],
 )
@@ -229,9 +236,9 @@ def test_convert_sroie_cuts_lines_that_check_data_accepts(tmp_path: Path) -> Non
 
 
 def test_ui_serves_the_project_s_runs_on_this_machine_alone(
-    finished: Finished, unused_port: int
+    finished: Finished,
 ) -> None:
-    project = finished[0]
+    project, unused_port = finished[0], free_port()
     command = project.command("ui", "--port", str(unused_port))
     with subprocess.Popen(command, stdout=subprocess.PIPE, **project.options()) as server:
         assert server.stdout
@@ -243,29 +250,6 @@ def test_ui_serves_the_project_s_runs_on_this_machine_alone(
             assert f"port {unused_port} is taken" in only_line(taken)
         finally:
             server.terminate()
-
-
-def wait_for(address: str, seconds: float = 60) -> bytes:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with urllib.request.urlopen(address) as response:
-                content: bytes = response.read()
-                return content
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.3)
-
-
-@pytest.fixture
-def unused_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def test_a_charset_that_lacks_characters_is_refused_with_the_counts(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 from safetensors.numpy import load_file
 
-from tests.flows.conftest import TINY, Project, new_project
+from tests.flows.conftest import LONG, TINY, Project, new_project
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -59,11 +60,15 @@ def test_the_report_is_there(finished: Finished) -> None:
     assert "<script src=" not in page
 
 
-def test_the_same_command_computes_nothing(finished: Finished) -> None:
-    begun = time.monotonic()
-    again = finished[0].frontier()
-    assert again == {**finished[1], "computed": []}
-    assert time.monotonic() - begun < 60
+def test_the_same_command_computes_nothing_even_with_a_prefect_server_of_its_own(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = Project(finished[0].folder, {"PREFECT_HOME": str(tmp_path / "prefect")})
+    environment = project.options()["env"]
+    del environment["PREFECT_API_URL"]
+    command = project.command("frontier", str(project.params), "--json")
+    run = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
+    assert json.loads(run.stdout) == {**finished[1], "computed": []}
 
 
 def test_a_new_ratio_computes_its_own_stages_only(finished: Finished, tmp_path: Path) -> None:
@@ -83,6 +88,11 @@ def test_a_damaged_stage_is_computed_again_to_the_same_bits(
     assert json.loads(run.stdout)["computed"] == ["sparse"]
     assert "model.safetensors has other bytes than its manifest says; set aside" in run.stderr
     assert (folder / "model.safetensors").read_bytes() == before
+    run_id = project.manifests()["sparse"]["run_id"]
+    client = MlflowClient(f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
+    assert client.get_run(run_id).info.status == "FINISHED"
+    losses = client.get_metric_history(run_id, "train/loss")
+    assert [metric.step for metric in losses] == [1, 2, 3, 4]
 
 
 def start_and_wait_for(project: Project, text: str) -> subprocess.Popen[str]:
@@ -114,10 +124,10 @@ def weights(project: Project, label: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_pipeline_goes_on_and_ends_in_the_same_bits(
-    finished: Finished, tmp_path: Path, sent: signal.Signals
+    undisturbed: Project, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    project = new_project(tmp_path / "stopped")
-    process = start_and_wait_for(project, "sparse: epoch 1/4")
+    project = new_project(tmp_path / "stopped", **LONG)
+    process = start_and_wait_for(project, "sparse: epoch 3/24")
     workers = children_of(process.pid)
     assert workers
     process.send_signal(sent)
@@ -132,10 +142,11 @@ def test_a_stopped_pipeline_goes_on_and_ends_in_the_same_bits(
     assert "baseline" not in computed
     assert "sparse" in computed
     assert "sparse: goes on after epoch" in run.stderr
-    assert weights(project, "sparse") == weights(finished[0], "sparse")
+    for label in ("sparse", "prune 0.6", "finetune 0.6"):
+        assert weights(project, label) == weights(undisturbed, label), label
     history = project.home / "stages" / project.manifests()["sparse"]["key"] / "history.jsonl"
     epochs = [json.loads(line)["epoch"] for line in history.read_text().splitlines()]
-    assert epochs == [1, 2, 3, 4]
+    assert epochs == list(range(1, 25))
 
 
 def test_two_pipelines_at_once_compute_each_stage_once(tmp_path: Path) -> None:
@@ -180,30 +191,59 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_prefect_shows_stages_by_name_and_cached_where_cached(finished: Finished) -> None:
-    project = finished[0]
+def test_prefect_shows_stages_by_name_and_cached_where_cached(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    project.params.write_text(
+        project.params.read_text(encoding="utf-8").replace("name: tiny", "name: shown"),
+        encoding="utf-8",
+    )
+    shutil.rmtree(project.home / "stages" / project.manifests()["measure baseline"]["key"])
+    project.frontier()
     code = (
         "import asyncio, json\n"
-        "from flows import project; project.configure_environment()\n"
         "from prefect.client.orchestration import get_client\n"
         "async def main():\n"
         "    async with get_client() as client:\n"
-        "        tasks = await client.read_task_runs(limit=200)\n"
-        "        tables = await client.read_artifacts()\n"
-        "        print(json.dumps([[t.name, t.state.name] for t in tasks]))\n"
-        "        print(json.dumps([[a.key, a.type, a.description] for a in tables]))\n"
+        "        runs = await client.read_flow_runs()\n"
+        "        (run,) = [r for r in runs if r.name == 'shown']\n"
+        "        tasks = [t for t in await client.read_task_runs() if t.flow_run_id == run.id]\n"
+        "        found = [a for a in await client.read_artifacts() if a.flow_run_id == run.id]\n"
+        "        print(json.dumps({t.name: t.state.name for t in tasks}))\n"
+        "        print(json.dumps([[a.key, a.type, a.description] for a in found]))\n"
         "asyncio.run(main())\n"
     )
-    command = [project.command()[0], "-c", code]
-    project.frontier()
-    result = subprocess.run(command, capture_output=True, check=True, **project.options())
-    tasks, tables = (json.loads(line) for line in result.stdout.splitlines()[-2:])
-    states = {(name, state) for name, state in tasks}
-    assert {("sparse", "Completed"), ("sparse", "Cached")} <= states
-    assert {("finetune 0.3", "Completed"), ("finetune 0.3", "Cached")} <= states
-    key, kind, description = tables[0]
-    assert (key, kind) == ("frontier-tiny", "table")
+    result = subprocess.run(
+        [project.command()[0], "-c", code], capture_output=True, check=True, **project.options()
+    )
+    states, tables = (json.loads(line) for line in result.stdout.splitlines()[-2:])
+    assert set(states) == set(project.manifests())
+    assert {label for label, state in states.items() if state == "Completed"} == {
+        "measure baseline"
+    }
+    assert set(states.values()) == {"Completed", "Cached"}
+    ((key, kind, description),) = tables
+    assert (key, kind) == ("frontier-shown", "table")
     assert "[sparse 0.3](http://127.0.0.1:5000/#/experiments/" in description
+
+
+def test_what_is_cached_is_found_without_torch(finished: Finished) -> None:
+    project = finished[0]
+    code = (
+        "import sys\n"
+        "from flows.cli import main\n"
+        f"sys.argv = ['crnn-slim', 'frontier', {str(project.params)!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as done:\n"
+        "    assert not done.code, done.code\n"
+        "print(sorted({'torch', 'torchinfo', 'timm', 'matplotlib', 'plotly'} & set(sys.modules)))\n"
+    )
+    command = [project.command()[0], "-c", code]
+    result = subprocess.run(command, capture_output=True, check=True, **project.options())
+    assert "everything was cached" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_trained_checkpoint_of_one_s_own_is_taken_as_the_baseline(

@@ -26,8 +26,8 @@ def test_every_line_of_the_real_data_can_be_used(
     assert bad == []
     assert json.dumps(counts) == json.dumps(
         {
-            "train": {"total": train, "usable": train},
-            "val": {"total": val, "usable": val},
+            "train": {"total": train, "usable": train, "bad": 0},
+            "val": {"total": val, "usable": val, "bad": 0},
         }
     )
     assert len((root / "charset.txt").read_text(encoding="utf-8")) == classes

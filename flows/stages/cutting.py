@@ -1,0 +1,63 @@
+"""The stages that cut a network and say what it costs."""
+
+from torch import Tensor
+
+from crnn.checkpoint import load_checkpoint
+from crnn.data.batches import evaluation_batches, normalise
+from crnn.devices import best_device
+from crnn.evaluation import evaluate
+from crnn.networks.recogniser import Recogniser
+from flows.cache import MODEL
+from flows.stages.training import start_of_cut
+from flows.stages.work import Outcome, Work
+from pruning.cost import latency_ms, macs, parameters
+from pruning.gammas import absolute_gammas, prunable
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings
+from pruning.surgery import cut, mean_activations
+
+
+def prune(work: Work) -> Outcome:
+    """Cut the channels of one ratio out of the sparse network."""
+    settings = PruneSettings.model_validate(work.settings["prune"])
+    ratio = work.settings["basis_points"] / 10_000
+    uncut = load_checkpoint(start_of_cut(work.input("sparse"), ratio)).model
+    masks = keep_masks(absolute_gammas(uncut), ratio, settings)
+    model = cut(uncut, masks, _means(work, uncut, settings))
+    work.save_model(work.out / MODEL, model)
+    work.write_summary(model)
+    kept = {name: int(mask.sum()) for name, mask in zip(prunable(model), masks, strict=True)}
+    work.write_json("widths.json", kept)
+    channels = sum(len(mask) for mask in masks)
+    return MODEL, {
+        "prune/ratio_requested": ratio,
+        "prune/ratio_achieved": 1 - sum(kept.values()) / channels,
+        "prune/channels_kept": float(sum(kept.values())),
+        **evaluate(model.to(best_device()), work.lines("val"), work.unseen()),
+    }
+
+
+def _means(work: Work, uncut: Recogniser, settings: PruneSettings) -> list[Tensor] | None:
+    """Mean activations over a sample of the training lines, or None where they are dropped."""
+    if not settings.compensate:
+        return None
+    sample = work.lines("train").sample(settings.calibration_lines)
+    device = best_device()
+    images = (normalise(batch.images.to(device)) for batch in evaluation_batches(sample))
+    means = [mean.cpu() for mean in mean_activations(uncut.to(device), images)]
+    uncut.cpu()
+    return means
+
+
+def measure(work: Work) -> Outcome:
+    """Parameters, multiply-adds, bytes and latency of a network."""
+    path = work.input("model")
+    model = load_checkpoint(path).model
+    figures = {
+        **{f"cost/params_{part}": float(count) for part, count in parameters(model).items()},
+        "cost/macs": float(macs(model)),
+        "cost/bytes": float(path.stat().st_size),
+        "cost/latency_ms": latency_ms(model),
+    }
+    work.write_json("cost.json", figures)
+    return "cost.json", figures

@@ -1,0 +1,141 @@
+"""What all stages share: the job, the samples, the model file, the clock."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchinfo import summary
+
+from crnn.charset import Charset
+from crnn.checkpoint import Checkpoint, save_checkpoint
+from crnn.data.batches import Lines
+from crnn.data.images import HEIGHT
+from crnn.data.sources import open_source
+from crnn.devices import best_device, describe
+from crnn.files import write_atomic
+from crnn.networks.recogniser import Recogniser
+from crnn.settings import DataSettings
+from flows import project
+from pruning.cost import LINE_WIDTH
+
+Event = dict[str, Any]
+Outcome = tuple[str, dict[str, float]]
+"""Name of the file that later stages read, and the final figures."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage under way.
+
+    Attributes:
+        job: As the parent wrote it: settings, upstream result files, cores.
+        folder: Resumable state.
+        out: Files of the finished stage.
+        emit: Sends a progress event to the parent.
+    """
+
+    job: dict[str, Any]
+    folder: Path
+    out: Path
+    emit: Callable[[Event], None]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that shapes the result."""
+        settings: dict[str, Any] = self.job["settings"]
+        return settings
+
+    @property
+    def data(self) -> DataSettings:
+        """Where the samples are."""
+        return DataSettings.model_validate(self.job["data"])
+
+    def input(self, stage: str) -> Path:
+        """Result file of an upstream stage."""
+        return Path(self.job["inputs"][stage])
+
+    def lines(self, split: str) -> Lines:
+        """The usable samples of a split, as the data stage indexed them."""
+        with np.load(self.input("data")) as index:
+            return Lines(
+                source=open_source(self.data, split, self.job["seed"]),
+                indices=index[f"{split}_indices"],
+                widths=index[f"{split}_widths"],
+                charset=Charset("".join(index["charset"])),
+                max_width=int(index["max_width"]),
+                workers=_cores(self.job)[1],
+            )
+
+    def unseen(self) -> set[int]:
+        """Val samples whose label does not occur in train."""
+        with np.load(self.input("data")) as index:
+            return set(index["val_unseen"].tolist())
+
+    def save_model(self, path: Path, model: Recogniser) -> None:
+        """Write a checkpoint with the charset and geometry of the data."""
+        lines = self.lines("val")
+        checkpoint = Checkpoint(model, lines.charset, lines.max_width, self.job["stage"])
+        save_checkpoint(path, checkpoint)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a file of the finished stage."""
+        write_atomic(self.out / name, json.dumps(value, indent=1).encode())
+
+    def write_summary(self, model: Recogniser) -> None:
+        """Write torchinfo's table of the network."""
+        shape = (1, 3, HEIGHT, LINE_WIDTH)
+        table = summary(model, shape, device="cpu", verbose=0, depth=3)
+        write_atomic(self.out / "summary.txt", f"{table}\n".encode())
+
+
+def run_timed(work: Work, stage: Callable[[Work], Outcome], seconds_before: float) -> Event:
+    """Compute a stage on its share of the cores, and describe where it ran.
+
+    Args:
+        work: The stage's job and folders.
+        stage: What to compute.
+        seconds_before: Time that earlier attempts put in.
+
+    Returns:
+        `result`, `metrics` and `seconds`, for the manifest.
+    """
+    begun = time.perf_counter()
+    torch.set_num_threads(_cores(work.job)[0])
+    result, metrics = stage(work)
+    work.write_json("settings.json", work.settings)
+    work.write_json("environment.json", _environment())
+    seconds = round(seconds_before + time.perf_counter() - begun, 3)
+    return {"result": result, "metrics": metrics, "seconds": seconds}
+
+
+def _cores(job: dict[str, Any]) -> tuple[int, int]:
+    """Threads of the computation, and loader processes, out of the job's cores.
+
+    On a CPU a loader that competes with training costs more than it gives, so that few cores
+    have none. On a GPU the cores have nothing else to do.
+    """
+    cpus, workers = job["cpus"], job["loader_workers"]
+    if workers == "auto":
+        workers = cpus - 1 if torch.cuda.is_available() else cpus // 4
+    return max(1, cpus - workers), workers
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("torch", "numpy", "pillow", "safetensors", "prefect", "mlflow")
+    return {
+        "git_commit": project.git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": describe(best_device()),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        **{name: version(name) for name in packages},
+    }
