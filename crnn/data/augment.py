@@ -30,11 +30,15 @@ def augment(image: Image.Image, settings: AugmentSettings, rng: np.random.Genera
 
 
 def _affine(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Shear by up to 0.3, rotate by up to 2 degrees, scale by up to 10%, shift by up to 2 px."""
+    """Shear by up to 0.3, rotate by up to 2 degrees, scale by up to 10%, shift by up to 2 px.
+
+    A long line is enlarged less, so that 3 px at most leave it at either end: a character that
+    is cut off would still be in the label.
+    """
     width, height = image.size
     shear = rng.uniform(-0.3, 0.3)
     slope = np.tan(np.radians(rng.uniform(-2, 2))) * min(1, 128 / width)
-    scale_x, scale_y = rng.uniform(0.92, 1.1, 2)
+    scale_x, scale_y = rng.uniform(max(0.92, 1 - 6 / width), 1.1), rng.uniform(0.92, 1.1)
     shift_x, shift_y = rng.uniform(-2, 2, 2)
     centre_x, centre_y = width / 2, height / 2
     # Pillow maps output (x, y) to input (a x + b y + c, d x + e y + f); keep the centre fixed.

@@ -127,12 +127,12 @@ def border_free(
     return model.head(model.rnn(x.squeeze(2).permute(2, 0, 1))[0])
 
 
-def test_compensation_keeps_more_readings_than_dropping() -> None:
+def test_compensation_stays_nearer_to_the_uncut_network_than_dropping() -> None:
+    """With the zero-padded border as it is; 32 rows leave no frame that does not see it."""
     model, masks, images = constant_channels(0.4)
     means = mean_activations(model, [images])
     with torch.inference_mode():
-        truth = model(images).argmax(2)
-        folded = (cut(model, masks, means).eval()(images).argmax(2) == truth).float().mean()
-        dropped = (cut(model, masks).eval()(images).argmax(2) == truth).float().mean()
-    assert folded > 0.9
-    assert folded > dropped + 0.1
+        truth = model.cnn(images)[:, masks[-1]]
+        folded = (cut(model, masks, means).eval().cnn(images) - truth).square().mean()
+        dropped = (cut(model, masks).eval().cnn(images) - truth).square().mean()
+    assert folded < dropped / 2
