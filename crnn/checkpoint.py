@@ -24,6 +24,7 @@ from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import Run, start
 
 FORMAT = "crnn-slim/1"
+METADATA = "crnn-slim"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         ),
         "stage": checkpoint.stage,
     }
-    write_atomic(path, save(_plain(model.state_dict()), metadata))
+    _write(path, model.state_dict(), metadata)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -142,7 +143,7 @@ def save_run(path: Path, run: Run) -> None:
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors |= {f"memory.{name}": tensor for name, tensor in run.memory.items()}
     metadata = {"format": FORMAT, "epoch": str(run.epoch), "seed": str(run.seed)}
-    write_atomic(path, save(_plain(tensors), metadata))
+    _write(path, tensors, metadata)
 
 
 def load_run(path: Path, model: Recogniser, settings: TrainSettings) -> Run:
@@ -173,9 +174,14 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors takes contiguous tensors on the CPU."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file that is a function of its content.
+
+    Safetensors takes contiguous tensors on the CPU. It writes its metadata in random order, so
+    all of ours is the JSON text of one entry.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(plain, {METADATA: json.dumps(metadata, sort_keys=True)}))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -183,12 +189,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"no checkpoint file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(
                     f"{path} is no checkpoint of this program (format"
                     f" {metadata.get('format')!r}, {FORMAT!r} is needed)"
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from error

@@ -44,12 +44,11 @@ def test_keys_depend_on_settings_inputs_and_version_and_have_no_dots() -> None:
     assert Stage("baseline", "another label", {"ratio": 0.62}, {}, 1).key == stage(ratio=0.62).key
 
 
-def test_a_published_stage_is_found_and_its_work_folder_is_gone() -> None:
+def test_a_published_stage_is_found() -> None:
     manifest = publish({"epochs": 1})
     found = cache.find(manifest.key, pytest.fail)
     assert found == manifest
     assert found.file("model.bin").read_bytes() == b"weights"
-    assert not (project.work_folder() / manifest.key).exists()
 
 
 def flip_a_bit(folder: Path) -> None:

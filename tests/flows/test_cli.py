@@ -229,7 +229,8 @@ def test_convert_sroie_cuts_lines_that_check_data_accepts(tmp_path: Path) -> Non
     assert "left out: too narrow for CTC: 12" in output
     lines = "".join((target / f"{split}.txt").read_text() for split in ("train", "val"))
     assert lines.count("\tTOTAL, RM\n") == 12
-    assert Image.open(target / "images" / "000" / "000.jpg").size == (160, 32)
+    with Image.open(target / "images" / "000" / "000.jpg") as crop:
+        assert crop.size == (160, 32)
     assert project.run("check-data", str(project.params)).returncode == 0
     missing = project.run("convert-sroie", str(tmp_path), str(target), code=2)
     assert "must hold img/ and box/" in only_line(missing)

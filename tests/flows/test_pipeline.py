@@ -131,7 +131,8 @@ def test_a_stopped_pipeline_goes_on_and_ends_in_the_same_bits(
     workers = children_of(process.pid)
     assert workers
     process.send_signal(sent)
-    assert process.wait(30) != 0
+    process.communicate(timeout=30)
+    assert process.returncode != 0
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "a worker outlived its pipeline"
