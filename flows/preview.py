@@ -33,17 +33,13 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
         UserError: The sparse stage has not been computed, or a ratio is beyond the floors.
     """
     sparse = find_sparse(experiment)
-    from crnn.checkpoint import load_checkpoint
-    from flows.stages.training import start_of_cut
+    from flows.stages.cutting import plan
     from pruning.cost import macs, parameters
-    from pruning.gammas import absolute_gammas
-    from pruning.selection import keep_masks
     from pruning.surgery import cut
 
     cuts = []
     for ratio in experiment.ratios:
-        uncut = load_checkpoint(start_of_cut(sparse.file(sparse.result), ratio)).model
-        masks = keep_masks(absolute_gammas(uncut), ratio, experiment.prune)
+        uncut, masks = plan(sparse.file(sparse.result), ratio, experiment.prune)
         model = cut(uncut, masks)
         widths = [int(mask.sum()) for mask in masks]
         cuts.append(

@@ -39,6 +39,10 @@ class Source(Protocol):
     def image(self, index: int) -> Image.Image:
         """The decoded RGB image; DataError where it cannot be read."""
 
+
+class Dataset(Source, Protocol):
+    """A split of the settings: samples whose content has a fingerprint."""
+
     def stamp(self) -> str:
         """Hash of the name, size and modification time of every file: cheap, no file is read."""
 
@@ -244,17 +248,8 @@ class ImageFiles:
     def image(self, index: int) -> Image.Image:
         return decode(_read(self.files[index]))
 
-    def stamp(self) -> str:
-        return _stamp(self.files)
 
-    def digest(self) -> str:
-        total = hashlib.sha256()
-        for path in self.files:
-            total.update(hashlib.sha256(_read(path)).digest())
-        return total.hexdigest()
-
-
-def open_source(settings: DataSettings, split: str, seed: int) -> Source:
+def open_source(settings: DataSettings, split: str, seed: int) -> Dataset:
     """Open the train or val split of the settings.
 
     Args:

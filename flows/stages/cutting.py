@@ -1,5 +1,7 @@
 """The stages that cut a network and say what it costs."""
 
+from pathlib import Path
+
 from torch import Tensor
 
 from crnn.checkpoint import load_checkpoint
@@ -17,12 +19,26 @@ from pruning.settings import PruneSettings
 from pruning.surgery import cut, mean_activations
 
 
+def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Recogniser, list[Tensor]]:
+    """The network of a sparse stage to cut at a ratio, and the keep mask of each layer.
+
+    Args:
+        index: Result file of the sparse stage.
+        ratio: Prune ratio.
+        settings: Selection rule, floors, rounding.
+
+    Raises:
+        UserError: The ratio is beyond what the floors allow.
+    """
+    uncut = load_checkpoint(start_of_cut(index, ratio)).model
+    return uncut, keep_masks(absolute_gammas(uncut), ratio, settings)
+
+
 def prune(work: Work) -> Outcome:
     """Cut the channels of one ratio out of the sparse network."""
     settings = PruneSettings.model_validate(work.settings["prune"])
     ratio = work.settings["basis_points"] / 10_000
-    uncut = load_checkpoint(start_of_cut(work.input("sparse"), ratio)).model
-    masks = keep_masks(absolute_gammas(uncut), ratio, settings)
+    uncut, masks = plan(work.input("sparse"), ratio, settings)
     model = cut(uncut, masks, _means(work, uncut, settings))
     work.save_model(work.out / MODEL, model)
     work.write_summary(model)

@@ -64,15 +64,21 @@ class Work:
 
     def lines(self, split: str) -> Lines:
         """The usable samples of a split, as the data stage indexed them."""
+        charset, max_width = self._reading()
         with np.load(self.input("data")) as index:
             return Lines(
                 source=open_source(self.data, split, self.job["seed"]),
                 indices=index[f"{split}_indices"],
                 widths=index[f"{split}_widths"],
-                charset=Charset("".join(index["charset"])),
-                max_width=int(index["max_width"]),
+                charset=charset,
+                max_width=max_width,
                 workers=_cores(self.job)[1],
             )
+
+    def _reading(self) -> tuple[Charset, int]:
+        """Charset and widest line in pixels, as the data stage found them."""
+        with np.load(self.input("data")) as index:
+            return Charset("".join(index["charset"])), int(index["max_width"])
 
     def unseen(self) -> set[int]:
         """Val samples whose label does not occur in train."""
@@ -81,9 +87,7 @@ class Work:
 
     def save_model(self, path: Path, model: Recogniser) -> None:
         """Write a checkpoint with the charset and geometry of the data."""
-        lines = self.lines("val")
-        checkpoint = Checkpoint(model, lines.charset, lines.max_width, self.job["stage"])
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, Checkpoint(model, *self._reading(), self.job["stage"]))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of the finished stage."""
