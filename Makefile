@@ -1,16 +1,20 @@
 # make frontier   set up, then run the quickstart experiment
 # make test       set up, then run the tests
+# make torture    kill, cancel, damage and starve real pipelines for 15 minutes
 # make check      format, lint and types
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: frontier test check format clean
+.PHONY: frontier test torture check format clean
 
 frontier: .venv/installed
 	$(BIN)/crnn-slim frontier params/quickstart.yaml
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+torture: .venv/installed
+	$(BIN)/python -m tests.torture
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -93,10 +93,18 @@ def interleaved(steps: dict[str, Callable[[], object]]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS + 2):
         for name, step in steps.items():
+            synchronise()
             begun = time.perf_counter()
             step()
+            synchronise()
             times[name].append(time.perf_counter() - begun)
     return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def synchronise() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def matmul_peak(device: torch.device, size: int = 2048) -> float:

@@ -70,7 +70,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         settings = ModelSettings.model_validate_json(metadata["model"])
         charset = Charset(metadata["charset"])
         max_width = int(json.loads(metadata["geometry"])["max_width"])
-        model = Recogniser(settings, charset.classes)
+        with torch.device("meta"):  # Shapes alone: absurd ones must not take memory.
+            model = Recogniser(settings, charset.classes)
         resize(model, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} is unusable: {error}") from error
@@ -101,7 +102,7 @@ def resize(model: Recogniser, tensors: dict[str, Tensor]) -> None:
         _resize_layer(module, _under(f"{name}.", tensors))
     model.rnn = _lstm_like(model.rnn, tensors["rnn.weight_ih_l0"])
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=True)
         model.eval()(torch.zeros(1, 3, HEIGHT, 32, dtype=model.head.weight.dtype))
     except RuntimeError as error:
         raise CheckpointError(f"the layers do not fit each other ({error})") from error
@@ -153,8 +154,20 @@ def load_run(path: Path, model: Recogniser, settings: TrainSettings) -> Run:
         path: The file.
         model: Of the same architecture; its weights are replaced.
         settings: Of the same training.
+
+    Raises:
+        CheckpointError: The file is damaged, or of another network or training.
     """
     tensors, metadata = _read(path)
+    try:
+        return _run_of(tensors, metadata, model, settings)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not the state of this training: {error}") from error
+
+
+def _run_of(
+    tensors: dict[str, Tensor], metadata: dict[str, str], model: Recogniser, settings: TrainSettings
+) -> Run:
     model.load_state_dict(_under("model.", tensors))
     run = start(model, settings, int(metadata["seed"]))
     state: dict[int, dict[str, Any]] = {}

@@ -17,5 +17,13 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or made for something else."""
 
 
+class TrackingError(UserError):
+    """MLflow is needed for the answer and cannot be reached."""
+
+
+class StoppedError(UserError):
+    """The pipeline was told to stop; finished epochs are kept."""
+
+
 class NonFiniteLossError(UserError):
     """Training met a loss that is infinite or not a number."""

@@ -50,16 +50,18 @@ class DataSettings(Settings):
     """Where the lines come from and how they become tensors.
 
     train and val each name a label file (`path<TAB>label` lines), an LMDB folder, or, as a
-    number, how many lines to render. Names are relative to root.
+    number, how many lines to render. Names are relative to root. Image paths that lead out of
+    root, absolute ones included, are refused unless allow_outside_root says otherwise.
     """
 
     root: str = "."
-    train: str | Annotated[int, Field(ge=1)]
-    val: str | Annotated[int, Field(ge=1)]
+    train: str | Annotated[int, Field(ge=1, strict=True)]
+    val: str | Annotated[int, Field(ge=1, strict=True)]
     charset: str | None = None
     text: TextSettings = TextSettings()
     max_width: Annotated[int, Field(ge=32, le=2048)] = 320
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
+    allow_outside_root: bool = False
 
 
 class ModelSettings(Settings):

@@ -12,20 +12,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from crnn import errors
-from crnn.errors import UserError
+from crnn.errors import StoppedError, UserError
 
 Event = dict[str, Any]
 
+TICK_SECONDS = 0.2
+
+KEPT = "finished stages and epochs are kept, run the same command to go on"
+
 _stop = threading.Event()
-
-
-class StoppedError(UserError):
-    """The pipeline was told to stop; finished epochs are kept."""
 
 
 class ChildDiedError(RuntimeError):
@@ -68,7 +69,8 @@ def run_child(
     environment = {**os.environ, "OMP_NUM_THREADS": cpus, "MKL_NUM_THREADS": cpus}
     with (folder / "worker.log").open("ab") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "flows.worker", str(folder / "job.json")],
+            # -P: a folder named flows where the command is run must not hide this package.
+            [sys.executable, "-P", "-m", "flows.worker", str(folder / "job.json")],
             stdout=subprocess.PIPE,
             stderr=log,
             stdin=subprocess.DEVNULL,
@@ -96,9 +98,7 @@ def run_child(
         _kill(child)
         child.wait()
     if _stop.is_set() and outcome is None:
-        raise StoppedError(
-            f"stopped in {job['stage']}; finished epochs are kept, run again to go on"
-        )
+        raise StoppedError(f"stopped in {job['stage']}; {KEPT}")
     if outcome is None:
         raise ChildDiedError(
             f"the process of stage {job['stage']} died with code {child.returncode};"
@@ -107,9 +107,20 @@ def run_child(
     return {name: outcome[name] for name in ("result", "metrics", "seconds")}
 
 
+def end_with_parent(parent: int) -> None:
+    """In a child: kill its process group as soon as the parent is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(TICK_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _kill_when_stopped(child: subprocess.Popen[bytes]) -> None:
     while child.poll() is None:
-        if _stop.wait(0.2):
+        if _stop.wait(TICK_SECONDS):
             _kill(child)
             child.wait()
 

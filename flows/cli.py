@@ -5,11 +5,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crnn.errors import UserError
+from flows.children import KEPT
 
 if TYPE_CHECKING:
     from flows.experiment import Experiment
@@ -22,8 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-INTERRUPTED = 130
-KEPT = "finished stages and epochs are kept, run the same command to go on"
+INTERRUPTED, TERMINATED = 130, 143
 
 ParamsFile = Annotated[
     Path, typer.Argument(help="Experiment file, such as params/quickstart.yaml.")
@@ -42,13 +42,21 @@ def frontier(
     """Run the pipeline over the prune ratios. What is cached is not computed again."""
     experiment = _experiment(params, set, ratios)
     from flows import definitions, display, project
+    from flows.server import start_server
 
-    definitions.data_stage(experiment)  # A wrong place is told before Prefect takes its time.
+    definitions.open_sources(experiment)  # A wrong place is told before Prefect takes its time.
     project.configure_environment()
+    wait_for_server = start_server()
+    from flows.pipeline import INTERRUPTED as BY_CTRL_C
     from flows.pipeline import frontier as run
 
+    wait_for_server()
     with display.live():
-        result = run(experiment)
+        state: Any = run(experiment, return_state=True)
+    if state.is_cancelled():
+        code = INTERRUPTED if state.name == BY_CTRL_C else TERMINATED
+        _fail(f"{state.name.lower()}; {state.message}", code)
+    result = state.result()
     if as_json:
         _print_json(
             {
@@ -68,17 +76,19 @@ def frontier(
     counted = (
         f"{len(result.computed)} stages computed" if result.computed else "everything was cached"
     )
-    print(f"{counted}; tables and plots in {_short(result.report)}")
-    print("compare the runs with: crnn-slim ui")
+    print(f"{counted}; tables, plots and the checkpoint of each point: {_short(result.report)}")
+    print(f"compare the runs with: {_short(Path(sys.argv[0]))} ui")
 
 
 @app.command("check-data")
 def check_data(params: ParamsFile, set: Overrides = None, as_json: AsJson = False) -> None:
     """Look at every sample as training would, and list what cannot be used."""
     experiment = _experiment(params, set)
+    from flows import display
     from flows.preview import check
 
-    counts, bad = check(experiment)
+    with display.live():
+        counts, bad = check(experiment)
     if as_json:
         _print_json({"counts": counts, "bad": bad})
     else:
@@ -154,6 +164,31 @@ def convert_sroie(
 
 
 @app.command()
+def gc(
+    older_than: Annotated[
+        float, typer.Option(min=0, help="Days that a folder was left alone.")
+    ] = 7,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it nothing is.")] = False,
+) -> None:
+    """Show, and with --yes remove, what no sweep refers to any more."""
+    from flows import project
+
+    project.configure_environment()
+    from flows.garbage import garbage, remove
+    from flows.tracking import deleted_sweeps
+
+    found = garbage(older_than, deleted_sweeps())
+    for item in found:
+        print(f"{item.size / 1e6:9.2f} MB  {_short(item.path)}: {item.reason}")
+    total = sum(item.size for item in found) / 1e6
+    if yes:
+        remove(found)
+        print(f"{len(found)} folders, {total:.2f} MB, removed")
+    else:
+        print(f"{len(found)} folders, {total:.2f} MB; nothing was removed, --yes removes them")
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
@@ -170,6 +205,7 @@ def ui(
     print(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "mlflow",
         "server",
@@ -259,7 +295,7 @@ def _explain(error: BaseException) -> None:
         _fail(f"{error.strerror or error}{where}; {KEPT}", 2)
     if isinstance(error, Exception):
         _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
-    _fail(f"terminated; {KEPT}", 143)
+    _fail(f"terminated; {KEPT}", TERMINATED)
 
 
 def _fail(message: str, code: int) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from crnn.charset import Charset
-from crnn.data.sources import open_source
+from crnn.data.sources import Dataset, open_source
 from crnn.errors import CheckpointError
 from crnn.files import sha256, write_atomic
 from crnn.settings import DataSettings, Settings, TrainSettings
-from flows import project
+from flows import display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
 
@@ -52,6 +52,8 @@ def baseline_stage(experiment: Experiment, data: Manifest) -> Stage:
 def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> Stage:
     """The uncut network under a sparsity penalty. One serves every ratio."""
     settings = _training(experiment, experiment.sparse)
+    if experiment.sparse.method != "auto":
+        del settings["train"]["target_ratio"]  # It sets nothing there.
     inputs = {"data": data}
     if experiment.sparse.from_baseline:
         inputs["baseline"] = baseline
@@ -94,19 +96,34 @@ def _digest_of_file(path: Path) -> str:
     return sha256(path)
 
 
+def open_sources(experiment: Experiment) -> list[Dataset]:
+    """Both splits, not yet read.
+
+    Raises:
+        DataError: A place without data, or a charset that cannot be used.
+        CheckpointError: No checkpoint where the settings name one.
+    """
+    given_charset(experiment.data)
+    if experiment.baseline.checkpoint is not None:
+        _digest_of_file(Path(experiment.baseline.checkpoint))
+    return [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
+
+
 def fingerprint(experiment: Experiment) -> str:
     """SHA-256 over labels and images of both splits.
 
     Memoised by name, size and modification time of every file, so that unchanged data is not
     read again.
     """
-    sources = [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
+    sources = open_sources(experiment)
     place = str(Path(experiment.data.root).resolve())
     state = _digest([place, *(source.stamp() for source in sources)])
     memo = project.home() / "fingerprints" / f"{state}.json"
     try:
         return str(json.loads(memo.read_text(encoding="utf-8")))
     except (OSError, ValueError):
+        samples = sum(len(source) for source in sources)
+        display.say(f"data: reading {samples} samples that are new or have changed")
         digest = _digest([source.digest() for source in sources])
         write_atomic(memo, json.dumps(digest).encode())
         return digest

@@ -74,6 +74,8 @@ def load_experiment(
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"params file {path} is not YAML: {reason}") from error
+    except RecursionError as error:
+        raise SettingsError(f"params file {path} is nested too deeply") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"params file {path} must hold sections like `data:`, not {tree!r}")
     for override in overrides:
@@ -127,7 +129,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 def _explain(errors: Sequence[ErrorDetails]) -> str:
     """One sentence with the rule, the value and, for a mistyped key, the nearest known one."""
-    error = errors[0]
+    # A mistyped key is also a missing one; the first of the two says what to mend.
+    error = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     parts = [str(part) for part in error["loc"] if str(part) not in UNION_MEMBERS]
     # A value that fits no member of a union has one error for each; the last is the number's.
     same = [e for e in errors if [str(p) for p in e["loc"]][: len(parts)] == parts]

@@ -10,8 +10,9 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
-from crnn.errors import UserError
+from crnn.errors import StoppedError
 from flows import project
 
 POLL_SECONDS = 0.25
@@ -30,51 +31,76 @@ def single_flight(key: str, stopping: Stopping, log: Log) -> Iterator[int]:
     Yields:
         Descriptor of the locked file.
     """
-    with _one_of([key], stopping, lambda holder: log(f"{key}: waiting for {holder}")) as descriptor:
-        yield descriptor
+    with _one_of([key], stopping, lambda holder: log(f"{key}: waiting for {holder}")) as held:
+        yield held.descriptor
 
 
 @contextmanager
 def seats(count: int, total: int, stopping: Stopping, log: Log) -> Iterator[None]:
-    """Hold `count` of the machine's `total` seats, over all pipelines of this state folder.
+    """Hold `count` of the machine's `total` cores, over all pipelines of this state folder.
 
     Two trainings that share cores run at a tenth of their speed each, because their threads wait
-    for each other; one after the other they run at full speed.
+    for each other; one after the other they run at full speed. The cores are taken in blocks of
+    `count`, each block in ascending order, so that two that wait never wait for each other.
     """
-    names = [f"seat-{number}" for number in range(total)]
 
     def say(holder: str) -> None:
-        log(f"waiting for a free core; {holder} computes")
+        if holder != _self():  # Its own stages wait for each other as a matter of course.
+            log(f"waiting for a free core; {holder} computes")
 
+    blocks = [range(first, first + count) for first in range(0, total - count + 1, count)]
     with ExitStack() as held:
-        if count == total:
-            for name in names:  # In one order, so that two of these never wait for each other.
-                held.enter_context(_one_of([name], stopping, say))
-        else:
-            for _ in range(count):
-                held.enter_context(_one_of(names, stopping, say))
+        taken = held.enter_context(_one_of([_seat(block[0]) for block in blocks], stopping, say))
+        block = next(block for block in blocks if _seat(block[0]) == taken.name)
+        for core in block[1:]:
+            held.enter_context(_one_of([_seat(core)], stopping, say))
         yield
 
 
+def _seat(core: int) -> str:
+    return f"seat-{core}"
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A lock that this process holds."""
+
+    name: str
+    descriptor: int
+
+
+def is_free(key: str) -> bool:
+    """Whether no process holds the key's lock at this instant."""
+    descriptor = _open(key)
+    try:
+        return _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
-def _one_of(names: Sequence[str], stopping: Stopping, say: Log) -> Iterator[int]:
+def _one_of(names: Sequence[str], stopping: Stopping, say: Log) -> Iterator[_Held]:
     """Hold the first of these locks that comes free."""
-    descriptors = [_open(name) for name in names]
+    locks = [_Held(name, _open(name)) for name in names]
     try:
         told = False
-        while (taken := next((d for d in descriptors if _try_lock(d)), None)) is None:
+        while (taken := next((lock for lock in locks if _try_lock(lock.descriptor)), None)) is None:
             if not told:
-                say(_holder(descriptors[0]))
+                say(_holder(locks[0].descriptor))
                 told = True
             if stopping():
-                raise UserError(f"stopped while waiting for {names[0]}")
+                raise StoppedError(f"stopped while waiting for {names[0]}")
             time.sleep(POLL_SECONDS)
-        os.ftruncate(taken, 0)
-        os.pwrite(taken, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        os.ftruncate(taken.descriptor, 0)
+        os.pwrite(taken.descriptor, _self().encode(), 0)
         yield taken
     finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        for lock in locks:
+            os.close(lock.descriptor)
+
+
+def _self() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def _open(name: str) -> int:

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +14,24 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.futures import PrefectFuture
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from crnn.errors import StoppedError
 from flows import cache, children, definitions, display, project, report
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
+from flows.flow_runs import attended
 from flows.locks import seats, single_flight
 from flows.tracking import Tracker
 
 UI = "http://127.0.0.1:5000"
 """Where `crnn-slim ui` serves MLflow."""
+
+INTERRUPTED, TERMINATED = "Interrupted", "Terminated"
+"""Names of the Cancelled state after Ctrl-C and after SIGTERM."""
 
 MAX_THREADS = 64
 """Tasks that wait at once; how many of them train at once is parallel_finetunes."""
@@ -64,18 +73,20 @@ def parallel_finetunes(experiment: Experiment) -> int:
     """How many cut networks are trained side by side.
 
     A small network cannot keep several cores busy, so each gets a quarter of the machine. With
-    a GPU one at a time: that is faster than sharing it.
+    a GPU one at a time: that is faster than sharing it. Never more than there are cores.
     """
     if experiment.execution.parallel != "auto":
-        return experiment.execution.parallel
+        return min(experiment.execution.parallel, cores())
     return 1 if shutil.which("nvidia-smi") else min(4, cores())
 
 
 def cores() -> int:
-    """Cores this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may use: fewer than the machine has under an affinity or a container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return max(1, min(count or 1, int(quota) // int(period)))
+    return count or 1
 
 
 @task(cache_policy=NO_CACHE, task_run_name="data")
@@ -121,11 +132,14 @@ def measure(context: Context, model: Manifest) -> Any:
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_THREADS),  # type: ignore[arg-type]
     validate_parameters=False,
 )
-def frontier(experiment: Experiment) -> Frontier:
+def frontier(experiment: Experiment) -> Frontier | State[Any]:
     """Sweep the prune ratios of an experiment. What is cached is not computed again.
 
     Args:
         experiment: Its whole definition.
+
+    Returns:
+        The frontier; or a Cancelled state, which keeps every finished epoch.
 
     Raises:
         UserError: A mistake in the data or the settings.
@@ -133,11 +147,17 @@ def frontier(experiment: Experiment) -> Frontier:
     children.restart()
     context = Context(experiment, Tracker(experiment.name, display.say), [])
     try:
-        return _sweep(context)
-    except BaseException:
+        with attended():
+            return _sweep(context)
+    except KeyboardInterrupt:
+        return Cancelled(name=INTERRUPTED, message=children.KEPT)
+    except TerminationSignal:
+        return Cancelled(name=TERMINATED, message=children.KEPT)
+    except CancelledRun:
+        return Cancelled(message=children.KEPT)
+    finally:
         # Before the task runner waits for its threads, which wait for their processes.
         children.stop()
-        raise
 
 
 def _sweep(context: Context) -> Frontier:
@@ -152,11 +172,11 @@ def _sweep(context: Context) -> Frontier:
     tuned = [(_result(cutting), _result(tuning)) for cutting, tuning in started]
     # Latency needs a quiet machine: one network after another, when nothing trains any more.
     cost = _result(measure.submit(context, uncut))
-    rows = [_row("baseline", uncut, cost, {"baseline": uncut})]
+    rows = [_row("baseline", uncut, cost, {"data": samples, "baseline": uncut})]
     for ratio, (pruned, model) in zip(experiment.ratios, tuned, strict=True):
         stages = {"sparse": thin, "prune": pruned, "finetune": model}
         cost = _result(measure.submit(context, model))
-        rows.append(_row(f"{ratio:g}", model, cost, stages))
+        rows.append(_row(f"{ratio:g}", model, cost, {"data": samples, **stages}))
     for row, best in zip(rows, report.pareto(rows), strict=True):
         row["pareto"] = best
     return _publish(context, rows)
@@ -177,7 +197,15 @@ def _row(point: str, model: Manifest, cost: Manifest, stages: dict[str, Manifest
     }
     scores = {name: value for name, value in model.metrics.items() if name.startswith("val/")}
     keys = {name: manifest.key for name, manifest in {**stages, "measure": cost}.items()}
-    return {"point": point, **cut, **scores, **cost.metrics, "stages": keys}
+    checkpoint = str(model.file(model.result).relative_to(project.home()))
+    return {
+        "point": point,
+        **cut,
+        **scores,
+        **cost.metrics,
+        "checkpoint": checkpoint,
+        "stages": keys,
+    }
 
 
 def _cut_figures(pruned: Manifest) -> dict[str, float]:
@@ -188,8 +216,9 @@ def _cut_figures(pruned: Manifest) -> dict[str, float]:
 def _publish(context: Context, rows: list[report.Row]) -> Frontier:
     """Write the report, record the sweep in MLflow, and show the table in Prefect."""
     experiment = context.experiment
-    points = json.dumps([row["stages"] for row in rows])
-    key = f"sweep-{hashlib.sha256(points.encode()).hexdigest()[:12]}"
+    # A point that was measured anew makes another sweep: what is recorded is never changed.
+    content = json.dumps([experiment.name, rows])
+    key = f"sweep-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     folder = project.reports_folder() / experiment.name / key
     report.write_report(folder, experiment.name, rows)
     name = f"{experiment.name} {rows[1]['point']} to {rows[-1]['point']}"
@@ -233,14 +262,24 @@ def run_stage(context: Context, stage: Stage, whole_machine: bool = True) -> Any
         logger.warning(message)
         display.say(message)
 
+    try:
+        return _find_or_compute(context, stage, whole_machine, log)
+    except StoppedError as stopped:
+        return Cancelled(message=str(stopped))
+
+
+def _find_or_compute(
+    context: Context, stage: Stage, whole_machine: bool, log: Callable[[str], None]
+) -> Any:
     with single_flight(stage.key, children.stopping, log) as lock:
         manifest = cache.find(stage.key, log)
         cached = manifest is not None
         if manifest is None:
-            total = parallel_finetunes(context.experiment)
-            count = total if whole_machine else 1
+            total = cores()
+            parallel = 1 if whole_machine else parallel_finetunes(context.experiment)
+            count = math.ceil(total / parallel)
             with seats(count, total, children.stopping, log):
-                manifest = _compute(context, stage, count / total, lock)
+                manifest = _compute(context, stage, count, lock)
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
     if cached:
@@ -251,7 +290,7 @@ def run_stage(context: Context, stage: Stage, whole_machine: bool = True) -> Any
     return Completed(message=stage.key, data=manifest)
 
 
-def _compute(context: Context, stage: Stage, share: float, lock: int) -> Manifest:
+def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
     folder = project.work_folder() / stage.key
     folder.mkdir(parents=True, exist_ok=True)
     run_id = context.tracker.begin(stage)
@@ -262,10 +301,10 @@ def _compute(context: Context, stage: Stage, share: float, lock: int) -> Manifes
             context.tracker.epochs(run_id, folder / "out")
 
     try:
-        job = _job(context.experiment, stage, share, folder)
+        job = _job(context.experiment, stage, cpus, folder)
         outcome = children.run_child(job, folder, lock, on_event)
     except BaseException as error:
-        stopped = isinstance(error, children.StoppedError)
+        stopped = isinstance(error, StoppedError)
         context.tracker.interrupt(run_id, "KILLED" if stopped else "FAILED")
         raise
     finally:
@@ -273,7 +312,7 @@ def _compute(context: Context, stage: Stage, share: float, lock: int) -> Manifes
     return cache.publish(stage, folder / "out", outcome, run_id)
 
 
-def _job(experiment: Experiment, stage: Stage, share: float, folder: Path) -> dict[str, Any]:
+def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:
     """All a stage's process is told: settings, upstream files, and how to use the machine."""
     return {
         "stage": stage.name,
@@ -283,9 +322,12 @@ def _job(experiment: Experiment, stage: Stage, share: float, folder: Path) -> di
         "ratios": experiment.ratios,
         "prune": experiment.prune.model_dump(mode="json"),
         "checkpoint": experiment.baseline.checkpoint,
-        "inputs": {n: str(m.file(m.result).resolve()) for n, m in stage.inputs.items()},
+        "inputs": {
+            name: {"file": str(m.file(m.result).resolve()), "sha256": m.digest}
+            for name, m in stage.inputs.items()
+        },
         "folder": str(folder),
-        "cpus": max(1, int(share * cores())),
+        "cpus": cpus,
         "loader_workers": experiment.execution.loader_workers,
         "parent": os.getpid(),
     }

@@ -8,7 +8,7 @@ import numpy as np
 
 from crnn.checkpoint import load_checkpoint
 from crnn.data.batches import Lines, evaluation_batches
-from crnn.data.images import fit_line
+from crnn.data.images import fitted_width
 from crnn.data.sources import ImageFiles
 from crnn.errors import DataError
 from crnn.evaluation import read
@@ -36,7 +36,7 @@ def predict(
     widths, failures = {}, []
     for index, file in enumerate(files):
         try:
-            widths[index] = fit_line(source.image(index), checkpoint.max_width).width
+            widths[index] = fitted_width(source.image(index), checkpoint.max_width)
         except DataError as error:
             failures.append({"image": str(file), "reason": str(error)})
     lines = Lines(

@@ -18,8 +18,13 @@ def check(experiment: Experiment) -> tuple[dict[str, dict[str, int]], list[dict[
     from crnn.data.check import check_splits, refuse_empty
     from crnn.networks.vgg import STRIDE
 
+    def show(split: str, done: int, total: int) -> None:
+        event = {"event": "step", "phase": f"checking {split}", "step": done, "steps": total}
+        display.show("check-data", event)
+
     charset = definitions.given_charset(experiment.data)
-    checked = check_splits(experiment.data, experiment.seed, charset, STRIDE)
+    checked = check_splits(experiment.data, experiment.seed, charset, STRIDE, show)
+    display.end("check-data")
     bad = [asdict(sample) for check in checked.splits.values() for sample in check.bad]
     if not bad:
         refuse_empty(checked.splits)

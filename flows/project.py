@@ -1,13 +1,20 @@
 """Where state lives, and what Prefect and MLflow are told before they are imported."""
 
 import os
+import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 
 def home() -> Path:
     """The state folder: $CRNN_SLIM_HOME, or .pipeline in the current folder."""
     return Path(os.environ.get("CRNN_SLIM_HOME", ".pipeline")).resolve()
+
+
+def identity() -> str:
+    """This machine and state folder: whose locks tell whether a recorded run is alive."""
+    return f"{platform.node()}:{home()}"
 
 
 def stages_folder() -> Path:
@@ -46,8 +53,6 @@ def configure_environment() -> None:
         "PREFECT_HOME": str(root / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        # A fresh database takes 13 s on a small machine; the default of 20 s is too near.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         # Records go to the Prefect UI; the terminal belongs to our own progress lines.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow' / 'mlflow.db'}",
@@ -60,10 +65,21 @@ def configure_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+@cache
 def git_commit() -> str:
-    """Commit of the code that runs, or "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Commit of the code that runs, "-dirty" behind it where files differ from it.
+
+    "unknown" outside a checkout: an installed copy may lie within some other repository.
+    """
+    root = Path(__file__).resolve().parents[1]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if Path(_git(root, "rev-parse", "--show-toplevel")) != root:
+            return "unknown"
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -36,13 +36,14 @@ def pareto(rows: Sequence[Row], cost: str = "cost/params_total") -> list[bool]:
 
 
 def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
-    """Write frontier.csv, .json, .png and .html; nothing where they show these rows already."""
+    """Write frontier.csv, .md, .json, .png, .html; nothing where they show these rows already."""
     data = json.dumps(rows, indent=1).encode()
     target = folder / "frontier.json"
     if target.exists() and target.read_bytes() == data:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "frontier.csv", _csv(rows))
+    write_atomic(folder / "frontier.md", _markdown(rows))
     write_atomic(folder / "frontier.png", _png(title, rows))
     write_atomic(folder / "frontier.html", _html(title, rows))
     write_atomic(target, data)
@@ -55,6 +56,12 @@ def _csv(rows: Sequence[Row]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
+
+
+def _markdown(rows: Sequence[Row]) -> bytes:
+    header, cells = table_cells(rows)
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).encode()
 
 
 def _png(title: str, rows: Sequence[Row]) -> bytes:

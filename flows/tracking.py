@@ -15,17 +15,20 @@ from typing import Any
 
 import mlflow
 import numpy as np
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from crnn.errors import CheckpointError
+from crnn.errors import CheckpointError, TrackingError
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MANIFEST, SNAPSHOTS, Manifest, Stage
-from flows.locks import single_flight
+from flows.locks import is_free, single_flight
 
 RETRY_SECONDS = 30
 """MLflow that could not be reached is left alone this long."""
+
+NOTE = "mlflow.note.content"
+"""Tag that MLflow shows as a run's description."""
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -59,10 +62,26 @@ class Tracker:
                 experiment_id = self._client.create_experiment(self._name, location)
             else:
                 experiment_id = found.experiment_id
-        self._everywhere = [e.experiment_id for e in self._client.search_experiments()]
+                if found.lifecycle_stage == "deleted":
+                    self._client.restore_experiment(experiment_id)
         for run in self._search("tags.kind = 'stage' and attributes.status = 'FINISHED'"):
             self._recorded[run.data.tags["stage_key"]] = run.info.run_id
+        self._mark_dead_runs()
         self.experiment_id = str(experiment_id)
+
+    def _mark_dead_runs(self) -> None:
+        """Runs whose process was killed stay RUNNING for ever: its lock, free again, tells."""
+        for run in self._search(
+            f"attributes.status = 'RUNNING' and tags.home = '{project.identity()}'"
+        ):
+            key = run.data.tags.get("stage_key", run.data.tags.get("sweep_key"))
+            if key and is_free(key):
+                explanation = (
+                    "The process that computed this died. The same command goes on from its last"
+                    " finished epoch, in this run."
+                )
+                self._client.set_tag(run.info.run_id, NOTE, explanation)
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _try(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """Do it, or warn once an outage and leave MLflow alone for a while."""
@@ -72,7 +91,9 @@ class Tracker:
             try:
                 if self.experiment_id is None:
                     self._connect()
-                return action(*arguments)
+                result = action(*arguments)
+                self._failed_at = -math.inf
+                return result
             except Exception as error:
                 # MLflow lets errors of SQLAlchemy, of its plugins and of the network through.
                 if self._failed_at == -math.inf:
@@ -87,9 +108,10 @@ class Tracker:
     def _search(self, condition: str) -> list[Run]:
         found: list[Run] = []
         token = None
+        everywhere = [e.experiment_id for e in self._client.search_experiments()]
         while True:
             page = self._client.search_runs(
-                self._everywhere, condition, max_results=1000, page_token=token
+                everywhere, condition, max_results=1000, page_token=token
             )
             found += page
             if not (token := page.token):
@@ -100,26 +122,34 @@ class Tracker:
     def begin(self, stage: Stage) -> str | None:
         """Open the canonical run of a stage that is about to be computed, or computed on."""
         self._recorded.pop(stage.key, None)
+        inputs = {name: upstream.key for name, upstream in stage.inputs.items()}
         run_id: str | None = self._try(
-            self._open, stage.key, stage.name, stage.label, stage.settings
+            self._open, stage.key, stage.name, stage.label, (stage.settings, inputs)
         )
         return run_id
 
     def _find(self, condition: str, value: str) -> Run | None:
         return next(iter(self._search(f"{condition} = '{value}'")), None)
 
-    def _open(self, key: str, name: str, label: str, settings: dict[str, Any]) -> str:
+    def _open(
+        self, key: str, name: str, label: str, made_of: tuple[dict[str, Any], dict[str, str]]
+    ) -> str:
+        settings, inputs = made_of
         found = self._find("tags.kind = 'stage' and tags.stage_key", key)
         if found is None:
-            return self._create(label, {"kind": "stage", "stage": name, "stage_key": key}, settings)
+            tags = {"kind": "stage", "stage": name, "stage_key": key}
+            upstream = {f"{stage}_key": upstream_key for stage, upstream_key in inputs.items()}
+            return self._create(label, {**tags, **upstream}, settings)
         run_id = str(found.info.run_id)
         self._client.update_run(run_id, status="RUNNING")
+        if NOTE in found.data.tags:
+            self._client.delete_tag(run_id, NOTE)
         if not found.data.params:
             self._client.log_batch(run_id, params=_params(settings))
         return run_id
 
     def _create(self, name: str, tags: dict[str, str], params: dict[str, Any]) -> str:
-        tags = {**tags, "git_commit": project.git_commit()}
+        tags = {**tags, "git_commit": project.git_commit(), "home": project.identity()}
         run = self._client.create_run(str(self.experiment_id), run_name=name, tags=tags)
         self._client.log_batch(run.info.run_id, params=_params(params))
         return str(run.info.run_id)
@@ -155,7 +185,8 @@ class Tracker:
     def _finish(self, manifest: Manifest) -> None:
         found = self._find("tags.stage_key", manifest.key)
         if found is None or found.info.status != "FINISHED":
-            run_id = self._open(manifest.key, manifest.stage, manifest.label, manifest.settings)
+            made_of = (manifest.settings, manifest.inputs)
+            run_id = self._open(manifest.key, manifest.stage, manifest.label, made_of)
             self._complete(run_id, manifest)
         else:
             run_id = str(found.info.run_id)
@@ -163,7 +194,8 @@ class Tracker:
 
     def _complete(self, run_id: str, manifest: Manifest) -> None:
         self._epochs(run_id, manifest.folder)
-        if not self._client.get_run(run_id).data.metrics:  # Of a stage without epochs.
+        logged = self._client.get_run(run_id).data.metrics
+        if HISTORY not in manifest.files and manifest.metrics != logged:
             self._client.log_batch(run_id, metrics=_metrics(manifest.metrics, 0))
         for name in [*manifest.files, MANIFEST]:
             # Snapshots are large, and of use to the cache alone.
@@ -211,21 +243,30 @@ class Tracker:
                 if found.info.status == "FINISHED":
                     return sweep_id
             children = self._search(f"tags.mlflow.parentRunId = '{sweep_id}'")
-            there = {r.info.run_name for r in children if r.info.status == "FINISHED"}
+            there = {child.info.run_name: child for child in children}
             for point in points:
-                if point["point"] not in there:
-                    self._point(sweep_id, key, point)
+                self._point(sweep_id, key, point, there.get(point["point"]))
             self._client.log_dict(sweep_id, params, "experiment.json")
             self._client.log_artifacts(sweep_id, str(files))
             self._client.set_terminated(sweep_id, "FINISHED")
         return sweep_id
 
-    def _point(self, sweep_id: str, key: str, point: dict[str, Any]) -> None:
-        tags = {"kind": "point", "sweep_key": key, "mlflow.parentRunId": sweep_id}
+    def _point(self, sweep_id: str, key: str, point: dict[str, Any], found: Run | None) -> None:
+        """Record a point of a sweep, or complete the run that a killed process left of it."""
+        if found is not None and found.info.status == "FINISHED":
+            return
+        tags = {
+            "kind": "point",
+            "sweep_key": key,
+            "mlflow.parentRunId": sweep_id,
+            "home": project.identity(),
+        }
         for stage, stage_key in point["stages"].items():
             tags[f"{stage}_key"] = stage_key
             tags[f"{stage}_run"] = self.run_of(stage_key) or ""
-        run = self._client.create_run(str(self.experiment_id), run_name=point["point"], tags=tags)
+        run = found or self._client.create_run(
+            str(self.experiment_id), run_name=point["point"], tags=tags
+        )
         figures = {
             name: value
             for name, value in point.items()
@@ -233,10 +274,28 @@ class Tracker:
         }
         self._client.log_batch(
             run.info.run_id,
-            metrics=_metrics(figures, 0),
+            metrics=[] if run.data.metrics else _metrics(figures, 0),
             tags=[RunTag("pareto", str(point["pareto"]).lower())],
         )
         self._client.set_terminated(run.info.run_id, "FINISHED")
+
+
+def deleted_sweeps() -> set[str]:
+    """Keys of the sweeps whose run was deleted in MLflow.
+
+    Raises:
+        TrackingError: MLflow cannot be reached.
+    """
+    client = MlflowClient()
+    try:
+        experiments = [e.experiment_id for e in client.search_experiments(ViewType.ALL)]
+        runs = client.search_runs(
+            experiments, "tags.kind = 'sweep'", ViewType.DELETED_ONLY, max_results=50_000
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise TrackingError(f"MLflow cannot be reached ({reason}); gc asks it first") from error
+    return {run.data.tags["sweep_key"] for run in runs}
 
 
 def download(uri: str) -> Path:

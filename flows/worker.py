@@ -9,21 +9,20 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from crnn.errors import UserError
-
-TICK_SECONDS = 0.2
+from flows.children import TICK_SECONDS, end_with_parent
 
 
 def main() -> None:
     """Compute the stage of the job file and report its outcome."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    _end_with_parent(job["parent"])
+    end_with_parent(job["parent"])
+    os.register_at_fork(after_in_child=_die_with_stage)
     emit = _emitter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)
     try:
@@ -76,18 +75,6 @@ def _emitter(stream: TextIO) -> Callable[[dict[str, Any]], None]:
         print(json.dumps(event), file=stream, flush=True)
 
     return emit
-
-
-def _end_with_parent(parent: int) -> None:
-    """Kill this process group as soon as the parent is gone, loader workers included."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(TICK_SECONDS)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-    os.register_at_fork(after_in_child=_die_with_stage)
 
 
 def _die_with_stage() -> None:

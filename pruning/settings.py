@@ -1,8 +1,8 @@
 """What can be set about sparsity and cutting."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from crnn.settings import Settings, TrainSettings
 
@@ -10,15 +10,25 @@ from crnn.settings import Settings, TrainSettings
 class SparseSettings(TrainSettings):
     """The sparse stage: training with a penalty on the BatchNorm scales.
 
-    method `auto` drives target_ratio of the channels to exact zeros by itself. The others take a
-    strength, s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient,
-    `proximal` shrinks |gamma| by learning rate x s after each step.
+    method `auto` drives target_ratio of the channels to exact zeros by itself. The others need a
+    strength, s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient (the
+    article took 1e-4), `proximal` shrinks |gamma| by learning rate x s after each step (start from
+    0.2).
     """
 
     method: Literal["auto", "subgradient", "proximal"] = "auto"
     target_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.87
-    strength: Annotated[float, Field(ge=0)] = 0.2
+    strength: Annotated[float, Field(ge=0)] | None = None
     from_baseline: bool = True
+
+    @model_validator(mode="after")
+    def _strength_where_it_is_used(self) -> Self:
+        if (self.strength is None) != (self.method == "auto"):
+            raise ValueError(
+                "strength is for the methods subgradient and proximal, which need it, and for no"
+                f" other; method {self.method}, strength {self.strength}"
+            )
+        return self
 
 
 class PruneSettings(Settings):

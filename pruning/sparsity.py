@@ -110,6 +110,7 @@ def penalty_of(settings: SparseSettings) -> Penalty:
     """The penalty the settings ask for."""
     if settings.method == "auto":
         return Auto(settings.target_ratio)
+    assert settings.strength is not None  # The settings see to it.
     if settings.method == "proximal":
         return Proximal(settings.strength)
     return Subgradient(settings.strength)

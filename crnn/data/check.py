@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from crnn.charset import Charset
-from crnn.data.images import fit_line
+from crnn.data.images import fitted_width
 from crnn.data.sources import Source, open_source
 from crnn.errors import DataError
 from crnn.settings import DataSettings
@@ -127,7 +127,7 @@ def check_split(
     for index in range(len(source)):
         try:
             label = source.label(index)
-            width = fit_line(source.image(index), max_width).width
+            width = fitted_width(source.image(index), max_width)
             fault = _fault(label, width // stride, charset)
         except DataError as error:
             fault = ("unreadable", str(error))

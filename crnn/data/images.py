@@ -47,9 +47,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def fitted_width(image: Image.Image, max_width: int) -> int:
+    """Width in pixels that fit_line gives the image."""
+    return min(max(1, round(image.width * HEIGHT / image.height)), max_width)
+
+
 def fit_line(image: Image.Image, max_width: int) -> Image.Image:
     """Scale to 32 px high with the aspect ratio kept, squeezed where wider than max_width."""
-    width = min(max(1, round(image.width * HEIGHT / image.height)), max_width)
+    width = fitted_width(image, max_width)
     if image.size == (width, HEIGHT):
         return image
     return image.resize((width, HEIGHT), Image.Resampling.BILINEAR)

@@ -16,11 +16,13 @@ from typing import Any, Protocol
 
 import lmdb
 import numpy as np
+import PIL
 from PIL import Image, features
 
 from crnn.data.images import decode
-from crnn.data.render import VERSION, render_label, render_line
+from crnn.data.render import VERSION, fonts_for, render_label, render_line
 from crnn.errors import DataError
+from crnn.files import sha256
 from crnn.settings import DataSettings, TextSettings
 
 
@@ -56,9 +58,10 @@ class LabelFile:
     A byte order mark and CRLF are accepted; empty lines are no samples.
     """
 
-    def __init__(self, path: Path, root: Path) -> None:
+    def __init__(self, path: Path, root: Path, allow_outside_root: bool = False) -> None:
         self.path = path
         self.root = root
+        self.allow_outside_root = allow_outside_root
         if not path.is_file():
             raise DataError(f"no label file at {path}; set data.root and data.train or data.val")
 
@@ -80,7 +83,7 @@ class LabelFile:
         return lines
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "root": self.root}
+        return {name: vars(self)[name] for name in ("path", "root", "allow_outside_root")}
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -110,10 +113,12 @@ class LabelFile:
         return decode(_read(self._inside_root(self._fields(index)[0])))
 
     def _inside_root(self, name: str) -> Path:
-        path = self.root / name
-        if "\0" in name or ".." in Path(name).parts or Path(name).is_absolute():
-            raise DataError("image path leads out of the data root")
-        return path
+        if "\0" in name:
+            raise DataError("image path holds a NUL byte")
+        outside = ".." in Path(name).parts or Path(name).is_absolute()
+        if outside and not self.allow_outside_root:
+            raise DataError("image path leads out of data.root; data.allow_outside_root permits it")
+        return self.root / name
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         for index in range(len(self)):
@@ -224,8 +229,10 @@ class Rendered:
         return self.digest()
 
     def digest(self) -> str:
-        # Another FreeType draws other pixels.
-        drawn_by = [VERSION, features.version("freetype2")]
+        # Another FreeType draws other pixels, and so may other fonts, another Pillow or numpy.
+        fonts = [sha256(path) for path in fonts_for(self.text.alphabet)]
+        libraries = [features.version("freetype2"), PIL.__version__, np.__version__]
+        drawn_by = [VERSION, fonts, libraries]
         made_of = [drawn_by, self.count, self.seed, self.text.model_dump()]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
@@ -265,16 +272,22 @@ def open_source(settings: DataSettings, split: str, seed: int) -> Dataset:
         raise DataError(f"data.root {root} is no folder; set it with --set data.root=FOLDER")
     if (root / place).is_dir():
         return Lmdb(root / place)
-    return LabelFile(root / place, root)
+    return LabelFile(root / place, root, settings.allow_outside_root)
 
 
 @cache
 def _opened(path: Path) -> lmdb.Environment:
     """LMDB allows one environment a folder and process, whoever asks for it."""
     try:
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        opened = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise DataError(f"LMDB at {path} cannot be opened: {error}") from error
+    # It is mapped into memory: a read behind the end of the file would kill the process.
+    needed = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
+    size = (path / "data.mdb").stat().st_size
+    if size < needed:
+        raise DataError(f"LMDB at {path} is truncated: {size} of {needed} bytes; copy it again")
+    return opened
 
 
 def _read(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """The stages that train: baseline, sparse, fine-tune. They differ by arguments alone."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import BaselineSettings, ModelSettings, TrainSettings
 from crnn.training import Penalty, Run, fit, start
+from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL, SNAPSHOTS
-from flows.stages.work import Outcome, Work
+from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings, SparseSettings
@@ -41,9 +43,10 @@ def baseline(work: Work) -> Outcome:
 def sparse(work: Work) -> Outcome:
     """Train with a penalty on the BatchNorm scales.
 
-    The last epoch serves the highest ratio. A network with that many dead channels is no start
-    for a lower one, so the way there is kept: a snapshot each time the share of zeros passes a
-    multiple of SNAPSHOT_STEP.
+    The last epoch serves the highest ratio. With `auto`, a network with that many dead channels
+    is no start for a lower one, so the way there is kept: a snapshot each time the share of zeros
+    passes a multiple of SNAPSHOT_STEP. The other methods let channels come back, and only their
+    last epoch counts.
 
     Returns:
         The index of the snapshots and the last epoch, which start_of_cut reads, and the figures.
@@ -54,7 +57,8 @@ def sparse(work: Work) -> Outcome:
     else:
         model = _fresh_model(work)
     _refuse_unreachable_ratios(work, model)
-    metrics = _train(work, model, settings, penalty_of(settings), _snapshots(work))
+    look = _snapshots(work) if settings.method == "auto" else None
+    metrics = _train(work, model, settings, penalty_of(settings), look)
     _write_index(work, share_zero(model))
     return SNAPSHOT_INDEX, metrics
 
@@ -75,7 +79,7 @@ def start_of_cut(index: Path, ratio: float) -> Path:
     entries = json.loads(index.read_text(encoding="utf-8"))
     fitting = [entry for entry in entries if entry["zeros"] <= round(10_000 * ratio)]
     chosen = fitting[-1] if fitting else entries[0]
-    return index.parent / str(chosen["file"])
+    return proven(index.parent / str(chosen["file"]), chosen["sha256"])
 
 
 def _fresh_model(work: Work) -> Recogniser:
@@ -152,7 +156,15 @@ def _train(
 def _run(work: Work, model: Recogniser, settings: TrainSettings) -> Run:
     state = work.folder / STATE
     if state.exists():
-        return load_run(state, model, settings)
+        try:
+            return load_run(state, model, settings)
+        except CheckpointError as error:
+            target = project.set_aside_folder() / f"{work.folder.name}-{time.time_ns()}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work.folder.rename(target)
+            raise CheckpointError(
+                f"{error}; set aside as {target}, run again to start this stage anew"
+            ) from error
     return start(model, settings, work.settings["seed"])
 
 

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ from crnn.data.batches import Lines
 from crnn.data.images import HEIGHT
 from crnn.data.sources import open_source
 from crnn.devices import best_device, describe
-from crnn.files import write_atomic
+from crnn.errors import CheckpointError
+from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import DataSettings
 from flows import project
 from pruning.cost import LINE_WIDTH
 
 Event = dict[str, Any]
+MAX_LOADERS = 8
+"""Loader processes that one GPU can want; each keeps a few batches in shared memory."""
+
 Outcome = tuple[str, dict[str, float]]
 """Name of the file that later stages read, and the final figures."""
 
@@ -59,8 +64,13 @@ class Work:
         return DataSettings.model_validate(self.job["data"])
 
     def input(self, stage: str) -> Path:
-        """Result file of an upstream stage."""
-        return Path(self.job["inputs"][stage])
+        """Result file of an upstream stage, proven again: time has passed since it was found.
+
+        Raises:
+            CheckpointError: Its bytes are not those that this stage's key was made of.
+        """
+        upstream = self.job["inputs"][stage]
+        return proven(Path(upstream["file"]), upstream["sha256"])
 
     def lines(self, split: str) -> Lines:
         """The usable samples of a split, as the data stage indexed them."""
@@ -100,6 +110,21 @@ class Work:
         write_atomic(self.out / "summary.txt", f"{table}\n".encode())
 
 
+@cache
+def proven(path: Path, digest: str) -> Path:
+    """The path, once its bytes have been hashed in this process.
+
+    Raises:
+        CheckpointError: The file is missing or has other bytes.
+    """
+    if not path.is_file() or sha256(path) != digest:
+        raise CheckpointError(
+            f"{path} was changed while the pipeline ran; run again: it is set aside and computed"
+            " again"
+        )
+    return path
+
+
 def run_timed(work: Work, stage: Callable[[Work], Outcome], seconds_before: float) -> Event:
     """Compute a stage on its share of the cores, and describe where it ran.
 
@@ -128,7 +153,7 @@ def _cores(job: dict[str, Any]) -> tuple[int, int]:
     """
     cpus, workers = job["cpus"], job["loader_workers"]
     if workers == "auto":
-        workers = cpus - 1 if torch.cuda.is_available() else cpus // 4
+        workers = min(cpus - 1, MAX_LOADERS) if torch.cuda.is_available() else cpus // 4
     return max(1, cpus - workers), workers
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
+from PIL import Image
 
 from crnn.data.sources import LabelFile, Lmdb, Rendered, Source, open_source
 from crnn.errors import DataError
@@ -43,8 +44,10 @@ def test_label_files_with_any_line_end_read_the_same(
     [
         (b"no tab here", "no tab"),
         (b"a.png\t\xff", "not UTF-8"),
-        (b"../a.png\tx", "out of the data root"),
-        (b"/etc/passwd\tx", "out of the data root"),
+        (b"../a.png\tx", "leads out of data.root"),
+        (b"/etc/passwd\tx", "leads out of data.root"),
+        (b"a\0.png\tx", "NUL byte"),
+        (b"x" * 10_000_000, "no tab"),
         (b"gone.png\tx", "cannot read image file"),
     ],
 )
@@ -73,6 +76,16 @@ def test_lmdb_faults_are_named(label_folder: Path, tmp_path: Path) -> None:
         Lmdb(tmp_path)
     with pytest.raises(DataError, match="num-samples"):
         len(Lmdb(write_lmdb(tmp_path / "none", label_folder, count="many")))  # type: ignore[arg-type]
+
+
+def test_a_truncated_lmdb_is_refused_before_it_kills_the_process(
+    label_folder: Path, tmp_path: Path
+) -> None:
+    folder = write_lmdb(tmp_path / "db", label_folder)
+    whole = (folder / "data.mdb").read_bytes()
+    (folder / "data.mdb").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"truncated: \d+ of \d+ bytes; copy it again"):
+        len(Lmdb(folder))
 
 
 def every_source(label_folder: Path, tmp_path: Path) -> list[Source]:
@@ -110,3 +123,12 @@ def test_the_kind_of_source_follows_from_what_is_there(label_folder: Path) -> No
         open_source(DataSettings(root=str(label_folder), train="gone.txt", val=1), "train", 0)
     with pytest.raises(DataError, match=r"data\.root"):
         open_source(DataSettings(root="/nowhere", train="a.txt", val=1), "train", 0)
+
+
+def test_paths_out_of_the_root_are_read_where_that_is_allowed(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("RGB", (40, 32)).save(tmp_path / "outside.png")
+    (root / "labels.txt").write_text("../outside.png\tx\n", encoding="utf-8")
+    settings = DataSettings(root=str(root), train="labels.txt", val=1, allow_outside_root=True)
+    assert open_source(settings, "train", 0).image(0).size == (40, 32)

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,14 @@ def wait_for(address: str, seconds: float = 60) -> bytes:
 @pytest.fixture(scope="session", autouse=True)
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Prefect server for all tests: a pipeline that starts its own takes ten seconds."""
+    with serve_prefect(tmp_path_factory.mktemp("prefect")) as address:
+        yield address
+
+
+@contextmanager
+def serve_prefect(home: Path) -> Iterator[str]:
+    """Start a real Prefect server, and point all pipelines started here at it."""
     address = f"http://127.0.0.1:{free_port()}/api"
-    home = tmp_path_factory.mktemp("prefect")
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
     command += ["--port", address.rsplit(":", 1)[1].removesuffix("/api")]
     environment = {
@@ -125,8 +132,12 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(30)
 
 
-LONG = {"sparse": {"epochs": 24, "batch_size": 8, "target_ratio": 0.6}, "ratios": [0.6]}
-"""Changes that leave time to stop a sparse stage in its midst."""
+LONG = {
+    "sparse": {"epochs": 24, "batch_size": 8, "target_ratio": 0.6},
+    "ratios": [0.6],
+    "execution": {"loader_workers": 1},
+}
+"""Changes that leave time to stop a sparse stage in its midst, which has a loader process."""
 
 
 @pytest.fixture(scope="session")

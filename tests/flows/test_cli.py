@@ -1,7 +1,6 @@
 """The command line as a user meets it: what it prints, and its exit codes."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -12,8 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.flows.conftest import TINY, Project, free_port, new_project, wait_for
-from tests.flows.test_pipeline import copy_of
+from tests.flows.conftest import Project, free_port, new_project, wait_for
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -260,22 +258,6 @@ def test_a_charset_that_lacks_characters_is_refused_with_the_counts(
     result = labelled.run("frontier", str(labelled.params), code=2)
     assert "characters outside the charset" in result.stderr
     assert "cannot be used" in result.stderr
-
-
-def test_a_checkpoint_of_another_charset_cannot_slip_into_a_stage(
-    finished: Finished, tmp_path: Path
-) -> None:
-    """A sparse result swapped for a whole one of another experiment is found by its digest."""
-    project = copy_of(finished, tmp_path / "copy")
-    other = new_project(
-        tmp_path / "other", data={**TINY["data"], "text": {"alphabet": "ABCDEF"}}, ratios=[0.3]
-    )
-    other.frontier()
-    ours, theirs = (p.home / "stages" / p.manifests()["sparse"]["key"] for p in (project, other))
-    shutil.copy(theirs / "model.safetensors", ours / "model.safetensors")
-    run = project.run("frontier", str(project.params), "--json")
-    assert "other bytes than its manifest says" in run.stderr
-    assert json.loads(run.stdout)["computed"] == ["sparse"]
 
 
 def test_the_article_s_settings_run_with_a_generated_charset(

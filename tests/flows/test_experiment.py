@@ -51,6 +51,9 @@ def test_overrides_and_ratios_replace_what_the_file_says(tiny: Path) -> None:
         ("seed", r"takes section.key=value; 'seed' has no '='"),
         ("name.x=1", r"'name' is a value, not a section"),
         ("seed=[", r"the value is not YAML"),
+        ("data.train=true", r"data.train: .*not True"),
+        ("sparse.method=proximal", r"which need it.*method proximal, strength None"),
+        ("sparse.strength=0.1", r"for no other; method auto, strength 0.1"),
     ],
 )
 def test_each_mistake_in_a_setting_is_one_sentence(tiny: Path, override: str, message: str) -> None:
@@ -65,8 +68,11 @@ def test_each_mistake_in_a_setting_is_one_sentence(tiny: Path, override: str, me
         ("", "must hold sections"),
         ("- a\n", "must hold sections"),
         ("a: [", "is not YAML"),
+        ("a: " + "[" * 5000, "nested too deeply"),
         ("name: a\nname: b\n", "'name' is given twice"),
         ("a: &x [1]\nb: *x\n", "aliases"),
+        ("name: a\nsparce: {epochs: 1}\n", "unknown key 'sparce'; did you mean 'sparse'"),
+        ("name: a\ndata: {train: 5, vall: 5}\n", "unknown key 'data.vall'; did you mean 'val'"),
         ("a: !!python/object/apply:os.system [ls]\n", "is not YAML"),
         ("name: a\ndata: {train: 1, val: 1}\nbaseline: {epochs: 1}\n", "key 'sparse' is needed"),
     ],

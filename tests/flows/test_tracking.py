@@ -1,6 +1,7 @@
 """What a run leaves in MLflow, read back through MLflow's own client."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ def client_of(project: Project) -> MlflowClient:
     return MlflowClient(f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
 
 
-def runs_of(project: Project, kind: str) -> dict[str, Run]:
+def runs_of(project: Project, kind: str, experiment_name: str = "tiny") -> dict[str, Run]:
     client = client_of(project)
-    experiment = client.get_experiment_by_name("tiny")
+    experiment = client.get_experiment_by_name(experiment_name)
     found = client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
     assert len({run.info.run_name for run in found}) == len(found)
     return {run.info.run_name: run for run in found}
@@ -122,6 +123,17 @@ def test_a_store_that_cannot_be_reached_costs_nothing_and_is_filled_later(
     assert [m.step for m in history] == [1]
 
 
+def test_an_experiment_that_was_deleted_in_mlflow_is_brought_back(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    client = client_of(project)
+    client.delete_experiment(client.get_experiment_by_name("tiny").experiment_id)
+    result = project.frontier()
+    assert result["computed"] == []
+    assert client.get_run(result["sweep_run"]).info.status == "FINISHED"
+
+
 def test_a_sweep_with_another_set_of_ratios_is_another_run(
     finished: Finished, tmp_path: Path
 ) -> None:
@@ -130,3 +142,20 @@ def test_a_sweep_with_another_set_of_ratios_is_another_run(
     assert other["computed"] == []
     assert other["sweep_run"] != finished[1]["sweep_run"]
     assert len(other["rows"]) == 2
+
+
+def test_runs_of_dead_processes_are_marked_and_explained(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    client = client_of(project)
+    experiment = client.get_experiment_by_name("tiny")
+    home = f"{os.uname().nodename}:{project.home}"
+    tags = {"kind": "stage", "stage_key": "sparse-1", "home": home}
+    dead = client.create_run(experiment.experiment_id, tags=tags)
+    other = client.create_run(experiment.experiment_id, tags={**tags, "home": "elsewhere:/x"})
+    project.frontier()
+    found = client.get_run(dead.info.run_id)
+    assert found.info.status == "KILLED"
+    assert "process that computed this died" in found.data.tags["mlflow.note.content"]
+    assert client.get_run(other.info.run_id).info.status == "RUNNING"

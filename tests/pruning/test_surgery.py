@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from crnn.networks.recogniser import Recogniser
+from crnn.settings import ModelSettings
+from pruning.cost import parameters
 from pruning.gammas import absolute_gammas, prunable
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
@@ -35,6 +37,20 @@ def test_cutting_silent_channels_changes_nothing(ratio: float) -> None:
     images = torch.randn(2, 3, 32, 96, dtype=torch.float64)
     with torch.inference_mode():
         assert (model(images) - compact(images)).abs().max() < 1e-9
+
+
+def test_the_article_s_cut_has_its_published_size() -> None:
+    """Widths, and parameters by part, of the article at a ratio of 0.62."""
+    model = Recogniser(ModelSettings(), 5963)
+    widths = (36, 50, 73, 92, 90, 119, 94, 134, 253, 177)
+    full = [len(g) for g in absolute_gammas(model)]
+    masks = [torch.arange(c) < kept for c, kept in zip(full, widths, strict=True)]
+    assert parameters(cut(model, masks)) == {
+        "cnn": 1_205_797,
+        "lstm": 143_232,
+        "head": 578_411,
+        "total": 1_927_440,
+    }
 
 
 @pytest.mark.parametrize("layer", range(10))

@@ -1,0 +1,138 @@
+"""Faults from outside while a pipeline runs. `make torture` tries many more, at random moments."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crnn.errors import CheckpointError
+from flows.stages.work import proven
+from tests.flows.conftest import LONG, Project, new_project
+from tests.flows.test_pipeline import children_of, copy_of, start_and_wait_for
+from tests.flows.test_tracking import runs_of
+
+Finished = tuple[Project, dict[str, Any]]
+
+CANCEL = """
+from prefect.client.orchestration import get_client
+from prefect.states import Cancelling
+with get_client(sync_client=True) as client:
+    (run,) = [r for r in client.read_flow_runs() if r.name == "tocancel" and r.state.is_running()]
+    client.set_flow_run_state(run.id, Cancelling())
+    print(run.id)
+"""
+
+STATE = """
+import sys
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    print(client.read_flow_run(sys.argv[1]).state.type.value)
+"""
+
+
+def test_a_cancel_in_prefect_stops_the_training_and_is_recorded(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "cancel", **{**LONG, "name": "tocancel"})
+    process = start_and_wait_for(project, "sparse: epoch 2/24")
+    workers = children_of(process.pid)
+    assert workers
+    python = [sys.executable, "-c"]
+    asked = subprocess.run([*python, CANCEL], capture_output=True, text=True, check=True)
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "training went on"
+        time.sleep(0.1)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    state = [*python, STATE, asked.stdout.strip()]
+    assert subprocess.check_output(state, text=True).strip() == "CANCELLED"
+    assert runs_of(project, "stage", "tocancel")["sparse"].info.status == "KILLED"
+
+
+def test_a_file_that_changed_since_it_was_found_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(b"other bytes")
+    with pytest.raises(CheckpointError, match="was changed while the pipeline ran; run again"):
+        proven(path, "0" * 64)
+
+
+def test_few_open_files_are_enough_or_said(finished: Finished, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    command = project.command("frontier", str(project.params), "--ratios", "0.5")
+    limited = ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash", *command]
+    run = subprocess.run(limited, capture_output=True, **project.options())
+    assert "Traceback" not in run.stderr
+    if run.returncode:
+        assert run.returncode == 2
+        assert "Too many open files" in run.stderr.splitlines()[-1]
+    rows = project.frontier("--ratios", "0.5")["rows"]
+    assert [row["point"] for row in rows] == ["baseline", "0.5"]
+
+
+def test_no_permission_is_said_and_nothing_is_lost(finished: Finished, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    stages = project.home / "stages"
+    before = {path.name for path in stages.iterdir()}
+    shutil.rmtree(project.home / "work")
+    (project.home / "work").write_text("a file where a folder is needed")
+    failed = project.run("frontier", str(project.params), "--ratios", "0.5", code=2)
+    assert str(project.home / "work") in failed.stderr.splitlines()[-1]
+    assert {path.name for path in stages.iterdir()} == before
+
+
+def test_a_resume_state_that_cannot_be_used_is_set_aside(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    key = project.manifests()["finetune 0.6"]["key"]
+    shutil.rmtree(project.home / "stages" / key)
+    work = project.home / "work" / key
+    work.mkdir(parents=True)
+    (work / "state.safetensors").write_bytes(b"damaged")
+    failed = project.run("frontier", str(project.params), code=2)
+    assert "run again to start this stage anew" in failed.stderr.splitlines()[-1]
+    assert list((project.home / "set-aside").glob(f"{key}-*/state.safetensors"))
+    assert project.frontier()["computed"] == ["finetune 0.6"]
+
+
+def test_a_disk_too_full_for_prefect_s_server_is_said(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "1m") as small:
+        project = new_project(small / "project")
+        environment = project.options()["env"]
+        del environment["PREFECT_API_URL"]
+        command = project.command("frontier", str(project.params))
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert "Prefect's server does not start" in run.stderr.splitlines()[-1]
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "3m") as small:
+        changes = {"model": {"width": 0.4, "hidden": 8}, "ratios": [0.6]}
+        project = new_project(small / "project", **changes)
+        project.environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+        failed = project.run("frontier", str(project.params), code=2)
+        last = failed.stderr.strip().splitlines()[-1]
+        assert "No space left on device" in last
+        assert "Traceback" not in failed.stderr
+        assert "data" in project.manifests()
+        subprocess.run(["mount", "-o", "remount,size=200m", str(small)], check=True)
+        assert "data" not in project.frontier()["computed"]
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of its own at the folder, of so many bytes (or `3m`)."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

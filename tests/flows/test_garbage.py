@@ -1,0 +1,65 @@
+"""`crnn-slim gc`: what goes, what stays."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.flows.conftest import Project
+from tests.flows.test_pipeline import copy_of
+from tests.flows.test_tracking import client_of
+
+Finished = tuple[Project, dict[str, Any]]
+
+
+def stages(project: Project) -> set[str]:
+    return {path.name for path in (project.home / "stages").iterdir()}
+
+
+def test_what_a_sweep_refers_to_stays_until_its_run_is_deleted(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    before = stages(project)
+    other = project.frontier("--ratios", "0.45")
+    only_its_own = stages(project) - before
+    assert len(only_its_own) == 3
+    assert "0 folders" in project.run("gc", "--older-than", "0", "--yes").stdout
+    assert stages(project) == before | only_its_own
+
+    client_of(project).delete_run(other["sweep_run"])
+    assert "0 folders" in project.run("gc", "--yes").stdout, "it is not a week old"
+    shown = project.run("gc", "--older-than", "0").stdout
+    assert "nothing was removed" in shown
+    assert {key for key in before | only_its_own if key in shown} == only_its_own
+    assert stages(project) == before | only_its_own
+    assert "4 folders" in project.run("gc", "--older-than", "0", "--yes").stdout
+    assert stages(project) == before
+    assert project.frontier()["computed"] == []
+
+
+def test_unfinished_and_damaged_work_goes_when_it_is_old(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    old = time.time() - 8 * 86_400
+    for folder in ("work/sparse-1", "set-aside/sparse-2"):
+        (project.home / folder).mkdir(parents=True)
+        (project.home / folder / "file").write_text("x")
+        os.utime(project.home / folder / "file", (old, old))
+        os.utime(project.home / folder, (old, old))
+    shown = project.run("gc").stdout
+    assert "sparse-1: was never finished" in shown
+    assert "sparse-2: was damaged and has been replaced" in shown
+    project.run("gc", "--yes")
+    assert not (project.home / "work" / "sparse-1").exists()
+    assert not (project.home / "set-aside" / "sparse-2").exists()
+
+
+def test_without_mlflow_nothing_can_be_told_to_be_garbage(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    project.environment = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    refused = project.run("gc", "--older-than", "0", "--yes", code=2)
+    assert "MLflow cannot be reached" in refused.stderr
