@@ -11,7 +11,7 @@ frontier: .venv/installed
 	$(BIN)/crnn-slim frontier params/quickstart.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 torture: .venv/installed
 	$(BIN)/python -m tests.torture

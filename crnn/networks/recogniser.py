@@ -28,7 +28,8 @@ class Recogniser(nn.Module):
         self.cnn, channels = vgg13(settings.width)
         self.rnn = nn.LSTM(channels, settings.hidden, num_layers=2, bidirectional=True)
         self.head = nn.Linear(2 * settings.hidden, classes)
-        self.apply(_initialise)
+        if not self.head.weight.is_meta:  # There torch would import its compiler, for a second.
+            self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, 32, W), float in [-1, 1], to logits (T, N, K), float32."""

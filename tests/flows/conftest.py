@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 
 TINY = {
     "name": "tiny",
@@ -80,6 +84,24 @@ def new_project(folder: Path, **changes: Any) -> Project:
     return project
 
 
+def copy_of(finished: tuple[Project, Any], folder: Path) -> Project:
+    """The finished project once more, to go on from or to damage."""
+    shutil.copytree(finished[0].folder, folder)
+    return Project(folder)
+
+
+def client_of(project: Project) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
+
+
+def runs_of(project: Project, kind: str, experiment_name: str = "tiny") -> dict[str, Run]:
+    client = client_of(project)
+    experiment = client.get_experiment_by_name(experiment_name)
+    found = client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -140,12 +162,22 @@ LONG = {
 """Changes that leave time to stop a sparse stage in its midst, which has a loader process."""
 
 
+def computed(folder: pytest.TempPathFactory, name: str, **changes: Any) -> tuple[Project, Any]:
+    """A finished project and what it printed; test processes side by side share it."""
+    base = folder.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    project = new_project(base / name, **changes)
+    printed = base / f"{name}.json"
+    with FileLock(base / f"{name}.lock"):
+        if not printed.exists():
+            printed.write_text(json.dumps(project.frontier()))
+    return project, json.loads(printed.read_text())
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Project:
     """The long experiment, computed without a stop."""
-    project = new_project(tmp_path_factory.mktemp("long"), **LONG)
-    project.frontier()
-    return project
+    return computed(tmp_path_factory, "long", **LONG)[0]
 
 
 @pytest.fixture(scope="session")
@@ -153,5 +185,4 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory, prefect_server: str
 ) -> tuple[Project, dict[str, Any]]:
     """The tiny frontier, computed, and what it printed. Do not change what others rely on."""
-    project = new_project(tmp_path_factory.mktemp("tiny"))
-    return project, project.frontier()
+    return computed(tmp_path_factory, "tiny")

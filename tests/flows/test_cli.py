@@ -109,7 +109,7 @@ def test_bad_samples_are_refused_or_skipped_and_listed(
     refused = labelled.run("frontier", str(labelled.params), code=2)
     assert "1 of 33 samples cannot be used (1 unreadable)" in refused.stderr
     assert "train images/gone.png: unreadable (cannot read image file" in refused.stderr
-    skipped = labelled.frontier("--set", "data.on_bad_sample=skip")
+    skipped = labelled.frontier("--set", "data.on_bad_sample=skip", "--ratios", "0.3")
     assert skipped["rows"][0]["val/samples"] == 8
     manifest = labelled.manifests()["data"]
     listed = (labelled.home / "stages" / manifest["key"] / "bad_samples.csv").read_text()

@@ -2,8 +2,6 @@
 
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,45 +11,9 @@ import pytest
 
 from crnn.errors import CheckpointError
 from flows.stages.work import proven
-from tests.flows.conftest import LONG, Project, new_project
-from tests.flows.test_pipeline import children_of, copy_of, start_and_wait_for
-from tests.flows.test_tracking import runs_of
+from tests.flows.conftest import Project, copy_of, new_project
 
 Finished = tuple[Project, dict[str, Any]]
-
-CANCEL = """
-from prefect.client.orchestration import get_client
-from prefect.states import Cancelling
-with get_client(sync_client=True) as client:
-    (run,) = [r for r in client.read_flow_runs() if r.name == "tocancel" and r.state.is_running()]
-    client.set_flow_run_state(run.id, Cancelling())
-    print(run.id)
-"""
-
-STATE = """
-import sys
-from prefect.client.orchestration import get_client
-with get_client(sync_client=True) as client:
-    print(client.read_flow_run(sys.argv[1]).state.type.value)
-"""
-
-
-def test_a_cancel_in_prefect_stops_the_training_and_is_recorded(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "cancel", **{**LONG, "name": "tocancel"})
-    process = start_and_wait_for(project, "sparse: epoch 2/24")
-    workers = children_of(process.pid)
-    assert workers
-    python = [sys.executable, "-c"]
-    asked = subprocess.run([*python, CANCEL], capture_output=True, text=True, check=True)
-    deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "training went on"
-        time.sleep(0.1)
-    process.communicate(timeout=30)
-    assert process.returncode == 143
-    state = [*python, STATE, asked.stdout.strip()]
-    assert subprocess.check_output(state, text=True).strip() == "CANCELLED"
-    assert runs_of(project, "stage", "tocancel")["sparse"].info.status == "KILLED"
 
 
 def test_a_file_that_changed_since_it_was_found_is_not_read(tmp_path: Path) -> None:

@@ -5,9 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.flows.conftest import Project
-from tests.flows.test_pipeline import copy_of
-from tests.flows.test_tracking import client_of
+from tests.flows.conftest import Project, client_of, copy_of
 
 Finished = tuple[Project, dict[str, Any]]
 

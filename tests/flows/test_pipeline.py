@@ -6,22 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.tracking import MlflowClient
 from safetensors.numpy import load_file
 
-from tests.flows.conftest import LONG, TINY, Project, new_project
+from tests.flows.conftest import LONG, TINY, Project, client_of, copy_of, new_project, runs_of
 
 Finished = tuple[Project, dict[str, Any]]
-
-
-def copy_of(finished: Finished, folder: Path) -> Project:
-    """The finished project once more, to go on from or to damage."""
-    shutil.copytree(finished[0].folder, folder)
-    return Project(folder)
 
 
 def test_the_frontier_has_a_row_for_the_baseline_and_each_ratio(finished: Finished) -> None:
@@ -93,7 +87,7 @@ def test_a_damaged_stage_is_computed_again_to_the_same_bits(
     assert "model.safetensors has other bytes than its manifest says; set aside" in run.stderr
     assert (folder / "model.safetensors").read_bytes() == before
     run_id = project.manifests()["sparse"]["run_id"]
-    client = MlflowClient(f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
+    client = client_of(project)
     assert client.get_run(run_id).info.status == "FINISHED"
     losses = client.get_metric_history(run_id, "train/loss")
     assert [metric.step for metric in losses] == [1, 2, 3, 4]
@@ -144,31 +138,53 @@ def weights(project: Project, label: str) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"),
-    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143)],
-)
-def test_a_stopped_pipeline_goes_on_and_ends_in_the_same_bits(
-    undisturbed: Project, tmp_path: Path, sent: signal.Signals, code: int
-) -> None:
-    project = new_project(tmp_path / "stopped", **LONG)
-    process = start_and_wait_for(project, "sparse: epoch 3/24")
-    workers = children_of(process.pid)
-    assert workers
-    process.send_signal(sent)
-    process.communicate(timeout=30)
-    assert process.returncode == code
-    deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "a worker outlived its pipeline"
-        time.sleep(0.1)
+def cancel_in_prefect(process: subprocess.Popen[str]) -> None:
+    """Ask for the cancel of all that runs, as the button in Prefect's page does."""
+    code = (
+        "from prefect.client.orchestration import get_client\n"
+        "from prefect.states import Cancelling\n"
+        "with get_client(sync_client=True) as client:\n"
+        "    for run in client.read_flow_runs():\n"
+        "        if run.name == 'stopped' and run.state.is_running():\n"
+        "            client.set_flow_run_state(run.id, Cancelling())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
-    state = "CRASHED" if sent == signal.SIGKILL else "CANCELLED"
+
+def sending(sent: signal.Signals) -> Callable[[subprocess.Popen[str]], None]:
+    return lambda process: process.send_signal(sent)
+
+
+STOPS = [
+    (sending(signal.SIGKILL), -signal.SIGKILL, "RUNNING", "RUNNING"),
+    (sending(signal.SIGINT), 130, "CANCELLED", "KILLED"),
+    (sending(signal.SIGTERM), 143, "CANCELLED", "KILLED"),
+    (cancel_in_prefect, 143, "CANCELLED", "KILLED"),
+]
+"""A way to stop a pipeline, its exit code, and the states of Prefect and MLflow after it."""
+
+
+def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
+    undisturbed: Project, tmp_path: Path
+) -> None:
+    project = new_project(tmp_path / "stopped", **{**LONG, "name": "stopped"})
+    for stop, code, in_prefect, in_mlflow in STOPS:
+        process = start_and_wait_for(project, "sparse: epoch")
+        workers = children_of(process.pid)
+        assert workers
+        stop(process)
+        deadline = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < deadline, f"training went on after {stop}"
+            time.sleep(0.1)
+        process.communicate(timeout=30)
+        assert process.returncode == code
+        assert in_prefect in states_of_flows(project)
+        assert runs_of(project, "stage", "stopped")["sparse"].info.status == in_mlflow
+
     run = project.run("frontier", str(project.params), "--json")
-    assert states_of_flows(project) == {state, "COMPLETED"}
-    computed = json.loads(run.stdout)["computed"]
-    assert "baseline" not in computed
-    assert "sparse" in computed
+    assert states_of_flows(project) == {"CANCELLED", "CRASHED", "COMPLETED"}
+    assert "baseline" not in json.loads(run.stdout)["computed"]
     assert "sparse: goes on after epoch" in run.stderr
     for label in ("sparse", "prune 0.6", "finetune 0.6"):
         assert weights(project, label) == weights(undisturbed, label), label
@@ -178,7 +194,7 @@ def test_a_stopped_pipeline_goes_on_and_ends_in_the_same_bits(
 
 
 def test_two_pipelines_at_once_compute_each_stage_once(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "twice")
+    project = new_project(tmp_path / "twice", ratios=[0.6])
     command = project.command("frontier", str(project.params), "--json")
     pair = [
         subprocess.Popen(
@@ -189,7 +205,7 @@ def test_two_pipelines_at_once_compute_each_stage_once(tmp_path: Path) -> None:
     results = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], results
     computed = [label for output, _ in results for label in json.loads(output)["computed"]]
-    assert len(computed) == len(set(computed)) == 10
+    assert len(computed) == len(set(computed)) == 7
     first, second = (json.loads(output)["rows"] for output, _ in results)
     assert first == second
 
@@ -256,8 +272,10 @@ def test_a_trained_checkpoint_of_one_s_own_is_taken_as_the_baseline(
     key = source.manifests()["baseline"]["key"]
     own = tmp_path / "own.safetensors"
     shutil.copy(source.home / "stages" / key / "model.safetensors", own)
-    project = new_project(tmp_path / "p", baseline={"checkpoint": str(own), "epochs": 0})
-    row = project.frontier("--ratios", "0.6")["rows"][0]
+    project = new_project(
+        tmp_path / "p", baseline={"checkpoint": str(own), "epochs": 0}, ratios=[0.3]
+    )
+    row = project.frontier()["rows"][0]
     assert row["val/word_accuracy"] == finished[1]["rows"][0]["val/word_accuracy"]
     assert weights(project, "baseline") == weights(source, "baseline")
 

@@ -6,24 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Run
-from mlflow.tracking import MlflowClient
 
-from tests.flows.conftest import Project
-from tests.flows.test_pipeline import copy_of
+from tests.flows.conftest import Project, client_of, copy_of, runs_of
 
 Finished = tuple[Project, dict[str, Any]]
-
-
-def client_of(project: Project) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
-
-
-def runs_of(project: Project, kind: str, experiment_name: str = "tiny") -> dict[str, Run]:
-    client = client_of(project)
-    experiment = client.get_experiment_by_name(experiment_name)
-    found = client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
-    assert len({run.info.run_name for run in found}) == len(found)
-    return {run.info.run_name: run for run in found}
 
 
 def artifacts_of(project: Project, run: Run, path: str | None = None) -> set[str]:

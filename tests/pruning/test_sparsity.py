@@ -81,7 +81,7 @@ def test_auto_reaches_its_target_in_exact_zeros_and_leaves_every_layer_its_floor
 ) -> None:
     torch.manual_seed(0)
     model = Recogniser(ModelSettings(width=width, hidden=4), lines.charset.classes)
-    settings = SparseSettings(epochs=40, batch_size=4, target_ratio=target)
+    settings = SparseSettings(epochs=16, batch_size=4, target_ratio=target)
     fit(start(model, settings, 0), lines, settings, penalty_of(settings))
     gammas = absolute_gammas(model)
     floors = [max(1, math.ceil(Auto.FLOOR * len(g))) for g in gammas]
@@ -103,6 +103,6 @@ def test_auto_takes_the_channels_that_matter_least(lines: Lines) -> None:
     convolutions[5].weight.data.mul_(mask)
     convolutions[5].weight.register_hook(lambda grad: grad * mask)
     list(prunable(model).values())[4].weight.data[unread] = 2.0
-    settings = SparseSettings(epochs=60, batch_size=4, target_ratio=0.2)
+    settings = SparseSettings(epochs=30, batch_size=4, target_ratio=0.2)
     fit(start(model, settings, 0), lines, settings, penalty_of(settings))
     assert (absolute_gammas(model)[4][unread] == 0).all()
