@@ -55,7 +55,9 @@ class Project:
         return [sys.executable, "-m", "flows.cli", *arguments]
 
     def options(self) -> dict[str, Any]:
-        environment = {**os.environ, "CRNN_SLIM_HOME": str(self.home), **self.environment}
+        # Other tests run beside: a thread that waits must not spin.
+        shared = {"CRNN_SLIM_HOME": str(self.home), "GOMP_SPINCOUNT": "0"}
+        environment = {**os.environ, **shared, **self.environment}
         return {"cwd": Path(__file__).parents[2], "env": environment, "text": True}
 
     def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
