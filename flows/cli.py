@@ -112,7 +112,7 @@ def preview(
     if as_json:
         _print_json(cuts)
         return
-    header = ["ratio", "channels cut", "params", "MACs", "size", "kept by layer"]
+    header = ["ratio", "cut", "params", "MACs", "size", "kept by layer"]
     _print_table(
         f"{experiment.name}: cuts of the sparse network",
         header,
@@ -257,12 +257,15 @@ def _print_json(value: object) -> None:
 
 
 def _print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for name in header:
-        table.add_column(name, justify="left" if name in ("point", "kept by layer") else "right")
+        # In a narrow terminal the widest columns alone are broken into lines.
+        text = name in ("point", "kept by layer")
+        table.add_column(name, justify="left" if text else "right", no_wrap=" " not in name)
     for line in cells:
         table.add_row(*line)
     console = Console()

@@ -173,9 +173,9 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the frontier as a person reads it."""
     header = [
         "point",
-        "channels cut",
+        "cut",
         "word accuracy (95%)",
-        "unseen labels",
+        "unseen",
         "NED",
         "params",
         "MACs",
@@ -191,9 +191,9 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             [
                 row["point"],
                 f"{100 * row['prune/ratio_achieved']:.1f}%",
-                f"{100 * row[ACCURACY]:.1f}% ({100 * low:.1f} to {100 * high:.1f})",
+                f"{100 * row[ACCURACY]:.1f}% ({100 * low:.1f}-{100 * high:.1f})",
                 "-" if unseen is None else f"{100 * unseen:.1f}%",
-                f"{row['val/ned']:.4f}",
+                f"{row['val/ned']:.3f}",
                 f"{row['cost/params_total'] / 1e6:.3f} M",
                 f"{row['cost/macs'] / 1e6:.1f} M",
                 f"{row['cost/bytes'] / 1e6:.2f} MB",

@@ -51,7 +51,7 @@ def test_the_report_is_there(finished: Finished) -> None:
     assert json.loads((folder / "frontier.json").read_text()) == finished[1]["rows"]
     assert (folder / "frontier.csv").read_text().startswith("point,")
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "frontier.md").read_text().startswith("| point | channels cut |")
+    assert (folder / "frontier.md").read_text().startswith("| point | cut |")
     for row in finished[1]["rows"]:
         assert (finished[0].home / row["checkpoint"]).is_file()
     page = (folder / "frontier.html").read_text()
