@@ -170,14 +170,14 @@ def gc(
     ] = 7,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it nothing is.")] = False,
 ) -> None:
-    """Show, and with --yes remove, what no sweep refers to any more."""
+    """Show, and with --yes remove, what no sweep or registered model refers to any more."""
     from flows import project
 
     project.configure_environment()
     from flows.garbage import garbage, remove
-    from flows.tracking import deleted_sweeps
+    from flows.tracking import deleted_and_registered
 
-    found = garbage(older_than, deleted_sweeps())
+    found = garbage(older_than, *deleted_and_registered())
     for item in found:
         print(f"{item.size / 1e6:9.2f} MB  {_short(item.path)}: {item.reason}")
     total = sum(item.size for item in found) / 1e6

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crnn.errors import UserError
 from flows import cache, project
 from flows.locks import is_free
 
@@ -29,8 +30,8 @@ class Garbage:
     reason: str
 
 
-def garbage(days: float, deleted_sweeps: set[str]) -> list[Garbage]:
-    """Folders that no sweep refers to and nothing has written to for some days.
+def garbage(days: float, deleted_sweeps: set[str], registered: set[str]) -> list[Garbage]:
+    """Folders that no sweep or model refers to and nothing has written to for some days.
 
     A sweep refers to the stages of its points and to all that is upstream of them; it is gone
     once its MLflow run has been deleted. What an unfinished stage starts from is kept with it.
@@ -38,15 +39,19 @@ def garbage(days: float, deleted_sweeps: set[str]) -> list[Garbage]:
     Args:
         days: How long a folder must have been left alone.
         deleted_sweeps: Keys of sweeps whose MLflow run was deleted.
+        registered: Keys of the stages behind models in MLflow's registry.
+
+    Raises:
+        UserError: The report of a sweep is unreadable, so that nobody knows what it refers to.
     """
     reports = {path.name: path for path in project.reports_folder().glob("*/sweep-*")}
     gone = {key: path for key, path in reports.items() if key in deleted_sweeps}
     wanted = set().union(*(_stages_of(p) for k, p in reports.items() if k not in gone))
     unfinished = [path for path in _folders(project.work_folder()) if _is_recent(path, days)]
-    kept = _with_upstream(wanted.union(*map(_inputs_of_work, unfinished)))
+    kept = _with_upstream(wanted.union(registered, *map(_inputs_of_work, unfinished)))
     found = [
         *((path, "its sweep was deleted in MLflow") for path in gone.values()),
-        *((p, "no sweep refers to it") for p in _folders(project.stages_folder())),
+        *((p, "no sweep or model refers to it") for p in _folders(project.stages_folder())),
         *((p, "was never finished") for p in _folders(project.work_folder())),
         *((p, "was damaged and has been replaced") for p in _folders(project.set_aside_folder())),
     ]
@@ -72,7 +77,12 @@ def _folders(parent: Path) -> list[Path]:
 
 def _stages_of(report: Path) -> set[str]:
     """Keys of the stages behind a sweep's points."""
-    rows = _json(report / "frontier.json") or []
+    rows = _json(report / "frontier.json")
+    if rows is None:
+        raise UserError(
+            f"{report / 'frontier.json'} is unreadable, and says which stages must stay; run its"
+            " frontier again, or remove the folder if it may go"
+        )
     return {key for row in rows for key in row["stages"].values()}
 
 

@@ -280,22 +280,28 @@ class Tracker:
         self._client.set_terminated(run.info.run_id, "FINISHED")
 
 
-def deleted_sweeps() -> set[str]:
-    """Keys of the sweeps whose run was deleted in MLflow.
+def deleted_and_registered() -> tuple[set[str], set[str]]:
+    """What MLflow knows of the worth of things on disk.
+
+    Returns:
+        Keys of the sweeps whose run was deleted, and keys of the stages behind registered models.
 
     Raises:
         TrackingError: MLflow cannot be reached.
     """
     client = MlflowClient()
     try:
-        experiments = [e.experiment_id for e in client.search_experiments(ViewType.ALL)]
-        runs = client.search_runs(
-            experiments, "tags.kind = 'sweep'", ViewType.DELETED_ONLY, max_results=50_000
+        everywhere = [e.experiment_id for e in client.search_experiments(ViewType.ALL)]
+        sweeps = client.search_runs(
+            everywhere, "tags.kind = 'sweep'", ViewType.DELETED_ONLY, max_results=50_000
         )
+        versions = client.search_model_versions(max_results=10_000)
+        runs = [client.get_run(version.run_id) for version in versions if version.run_id]
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise TrackingError(f"MLflow cannot be reached ({reason}); gc asks it first") from error
-    return {run.data.tags["sweep_key"] for run in runs}
+    keys = {key for run in runs for tag, key in run.data.tags.items() if tag.endswith("_key")}
+    return {run.data.tags["sweep_key"] for run in sweeps}, keys
 
 
 def download(uri: str) -> Path:

@@ -1,6 +1,6 @@
 """Faults that really happen, at random moments, against real pipelines: `make torture`.
 
-    python -m tests.torture [SEED]
+    python -m tests.torture [SEED [FAULT ...]]
 
 Prints one table and exits with 1 if a bit, a step or a sample was lost. It needs a POSIX system;
 the full disk needs the right to mount a tmpfs and is reported as not tried without it.
@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +29,14 @@ from rich.table import Table
 from safetensors.numpy import load_file
 
 from tests.flows.conftest import LONG, Project, free_port, new_project, serve_prefect, wait_for
+from tests.flows.test_pipeline import cancelling, sending
 
 KILLS, CANCELS, ARTIFACTS, INPUTS = 40, 10, 100, 200
 STAGES = ("data", "baseline", "sparse", "prune", "finetune", "measure")
+EXPERIMENT = {**LONG, "sparse": {**LONG["sparse"], "epochs": 12}}
+
+
+TRAINING = ("baseline", "sparse", "finetune")
 
 
 @dataclass
@@ -54,27 +61,30 @@ class Outcome:
             self.lost.append(otherwise)
 
 
+Fault = Callable[[Path, Project, random.Random], Outcome]
+
+
 def main() -> None:
     """Run every fault and print the table."""
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else random.SystemRandom().randrange(10**6)
+    chosen = [fault for fault in FAULTS if fault.__name__ in sys.argv[2:] or not sys.argv[2:]]
     say(f"seed {seed}")
-    chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder, serve_prefect(Path(folder)):
-        reference = new_project(Path(folder) / "reference", **LONG)
+        reference = new_project(Path(folder) / "reference", **EXPERIMENT)
         reference.frontier()
-        outcomes = [
-            fault(Path(folder) / fault.__name__, reference, chance)
-            for fault in (
-                kills,
-                cancels,
-                artifact_faults,
-                hostile_inputs,
-                two_at_once,
-                eight_at_once,
-                mlflow_outage,
-                full_disk,
-            )
-        ]
+
+        def suffer(fault: Fault) -> Outcome:
+            name = fault.__name__
+            try:
+                outcome = fault(Path(folder) / name, reference, random.Random(f"{seed} {name}"))
+            except Exception:
+                outcome = Outcome(name, 1, [traceback.format_exc()])
+            say(f"{outcome.fault}: {outcome.tried} tried, lost: {outcome.lost}")
+            return outcome
+
+        # The kills take as long as all the others together.
+        with ThreadPoolExecutor(2) as lanes:
+            outcomes = list(lanes.map(suffer, chosen))
     print_table(seed, outcomes)
     sys.exit(any(outcome.lost for outcome in outcomes))
 
@@ -112,11 +122,15 @@ def workers_of(project: Project) -> dict[str, int]:
     return {stage: int(pid) for pid, stage in pattern.findall(found.stdout)}
 
 
-def wait_for_stage(project: Project, process: subprocess.Popen[str], stage: str) -> int | None:
-    """Process that computes a stage; None where the pipeline ended first."""
+def wait_for_stage(
+    project: Project, process: subprocess.Popen[str], stage: str
+) -> tuple[str, int] | None:
+    """A stage that is computed now, this one or a later, and its process; None at the end."""
+    wanted = STAGES[STAGES.index(stage) :]
     while process.poll() is None:
-        if stage in (workers := workers_of(project)):
-            return workers[stage]
+        for found in workers_of(project).items():
+            if found[0] in wanted:
+                return found
         time.sleep(0.05)
     return None
 
@@ -125,7 +139,7 @@ def finish(project: Project, reference: Project, outcome: Outcome) -> None:
     """Let the pipeline end, and compare everything with the one that was left alone."""
     process = start(project)
     code = process.wait(timeout=300)
-    outcome.check(code == 0, f"the run after it ended with code {code}, see {project.folder}")
+    outcome.check(code == 0, f"the run after it ended with code {code}: {last_line(project)}")
     if code:
         return
     for label in reference.manifests():
@@ -133,6 +147,10 @@ def finish(project: Project, reference: Project, outcome: Outcome) -> None:
             continue
         outcome.check(weights(project, label) == weights(reference, label), f"{label}: other bits")
     outcome.lost += lost_steps(project)
+
+
+def last_line(project: Project) -> str:
+    return (project.folder / "log.txt").read_text().strip().splitlines()[-1]
 
 
 def weights(project: Project, label: str) -> dict[str, bytes]:
@@ -165,23 +183,24 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """kill -9 of the pipeline or of a stage's process, over all stages."""
     outcome = Outcome("kill -9 of pipeline or stage")
     while outcome.tried < KILLS:
-        project = new_project(folder / str(outcome.tried), **LONG)
-        for stage in STAGES:
+        project = new_project(folder / str(outcome.tried), **EXPERIMENT)
+        for stage in (stage for stage in STAGES for _ in range(2)):
             process = start(project)
-            worker = wait_for_stage(project, process, stage)
-            if worker is None:
+            found = wait_for_stage(project, process, stage)
+            if found is None:
                 break
-            time.sleep(chance.uniform(0, 6 if stage in ("baseline", "sparse", "finetune") else 3))
-            victim = chance.choice([process.pid, worker])
+            reached, worker = found
+            time.sleep(chance.uniform(0, 5 if reached in TRAINING else 2.5))
+            killed = time.monotonic()
             with suppress(ProcessLookupError):  # It ended by itself just now.
-                os.kill(victim, signal.SIGKILL)
-            outcome.tried += 1
-            gone = time.monotonic()
-            process.wait(30)
-            while workers_of(project) and time.monotonic() - gone < 30:
+                os.kill(chance.choice([process.pid, worker]), signal.SIGKILL)
+            if process.wait(300) == 0:
+                break
+            while workers_of(project):
                 time.sleep(0.05)
-            outcome.longest = max(outcome.longest, time.monotonic() - gone)
-            say(f"kill {outcome.tried} in {stage}")
+            outcome.tried += 1
+            outcome.longest = max(outcome.longest, time.monotonic() - killed)
+            say(f"kill {outcome.tried} in {reached}")
         finish(project, reference, outcome)
         shutil.rmtree(project.folder)
     return outcome
@@ -190,16 +209,14 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
 def cancels(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """Ctrl-C, SIGTERM and a cancel in Prefect stop everything within five seconds."""
     outcome = Outcome("Ctrl-C, SIGTERM, cancel in Prefect")
-    project = new_project(folder, **LONG)
-    ways: list[Callable[[subprocess.Popen[str]], object]] = [
-        lambda process: process.send_signal(signal.SIGINT),
-        lambda process: process.send_signal(signal.SIGTERM),
-        lambda process: cancel_in_prefect(),
-    ]
+    project = new_project(folder, **EXPERIMENT, name="cancels")
+    ways = [sending(signal.SIGINT), sending(signal.SIGTERM), cancelling("cancels")]
     while outcome.tried < CANCELS:
         process = start(project)
-        stage = chance.choice(["baseline", "sparse", "finetune"])
-        if wait_for_stage(project, process, stage) is None:
+        found = wait_for_stage(project, process, "baseline")
+        if found is None or found[0] not in TRAINING:
+            process.wait(300)
+            finish(project, reference, outcome)
             shutil.rmtree(project.home)
             continue
         time.sleep(chance.uniform(0, 4))
@@ -217,23 +234,9 @@ def cancels(folder: Path, reference: Project, chance: random.Random) -> Outcome:
         outcome.check(code in (130, 143), f"exit code {code}")
         running = [status for status in statuses(project) if status == "RUNNING"]
         outcome.check(not running, f"{len(running)} MLflow runs still RUNNING")
-        say(f"cancel {outcome.tried} in {stage}: {seconds:.1f} s")
+        say(f"cancel {outcome.tried} in {found[0]}: {seconds:.1f} s")
     finish(project, reference, outcome)
     return outcome
-
-
-def cancel_in_prefect() -> None:
-    """Ask for the cancel of the newest running flow, as the button in Prefect's page does."""
-    code = (
-        "from prefect.client.orchestration import get_client\n"
-        "from prefect.client.schemas.filters import FlowRunFilter\n"
-        "from prefect.states import Cancelling\n"
-        "with get_client(sync_client=True) as client:\n"
-        "    only = FlowRunFilter(state={'type': {'any_': ['RUNNING']}})\n"
-        "    for run in client.read_flow_runs(flow_run_filter=only):\n"
-        "        client.set_flow_run_state(run.id, Cancelling())\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def statuses(project: Project) -> list[str]:
@@ -261,7 +264,7 @@ def artifact_faults(folder: Path, reference: Project, chance: random.Random) -> 
         kept = list(project.set_aside_folder().glob(f"{stage.name}-*"))
         outcome.check(len(kept) == 1, f"{stage.name} was not set aside")
     del os.environ["CRNN_SLIM_HOME"]
-    whole = new_project(folder / "whole", **LONG)
+    whole = new_project(folder / "whole", **EXPERIMENT)
     for label in ("sparse", "finetune 0.6"):
         shutil.copytree(reference.home, whole.home, dirs_exist_ok=True)
         key = whole.manifests()[label]["key"]
@@ -352,9 +355,11 @@ def write_image(path: Path) -> None:
 def two_at_once(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """Two pipelines of the same experiment; the one that computes is killed."""
     outcome = Outcome("two pipelines, the computing one killed", tried=1)
-    project = new_project(folder, **LONG)
+    project = new_project(folder, **EXPERIMENT)
     first, second = start(project), start(project)
-    worker = wait_for_stage(project, first, "sparse")
+    found = wait_for_stage(project, first, "sparse")
+    assert found
+    worker = found[1]
     time.sleep(chance.uniform(1, 4))
     owner = int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1])
     os.kill(owner, signal.SIGKILL)
@@ -374,7 +379,7 @@ def two_at_once(folder: Path, reference: Project, chance: random.Random) -> Outc
 def eight_at_once(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """Eight pipelines on a fresh state folder compute each stage once."""
     outcome = Outcome("eight pipelines on a fresh store", tried=8)
-    project = new_project(folder, **LONG)
+    project = new_project(folder, **EXPERIMENT)
     command = project.command("frontier", str(project.params), "--json")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     group = [subprocess.Popen(command, **pipes, **project.options()) for _ in range(8)]
@@ -390,7 +395,7 @@ def eight_at_once(folder: Path, reference: Project, chance: random.Random) -> Ou
 def mlflow_outage(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """The MLflow server dies while a stage trains, and is back before the next run."""
     outcome = Outcome("MLflow server gone in mid-training", tried=1)
-    project = new_project(folder, **LONG)
+    project = new_project(folder, **EXPERIMENT)
     port = free_port()
     project.environment = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     with serve_mlflow(folder, port):
@@ -428,20 +433,35 @@ def full_disk(folder: Path, reference: Project, chance: random.Random) -> Outcom
     if subprocess.run(mount, capture_output=True).returncode:
         return outcome
     try:
-        project = new_project(small / "project", **LONG)
+        project = new_project(small / "project", **EXPERIMENT)
         project.environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
         size = 200
         while (code := start(project).wait(300)) != 0:
             outcome.tried += 1
             outcome.check(code == 2, f"exit code {code} at {size} kB")
-            size += chance.randrange(50, 250)
-            options = f"remount,size={size}k"
-            subprocess.run(["mount", "-o", options, str(small)], check=True)
+            size += chance.randrange(size // 4, size // 2)
+            grow(small, size)
+        grow(small, 2 * size)  # The log of the next run is on it too.
         finish(project, reference, outcome)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
     return outcome
 
+
+def grow(disk: Path, kilobytes: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(disk)], check=True)
+
+
+FAULTS: list[Fault] = [
+    kills,
+    cancels,
+    artifact_faults,
+    hostile_inputs,
+    two_at_once,
+    eight_at_once,
+    mlflow_outage,
+    full_disk,
+]
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,15 @@ def test_what_a_sweep_refers_to_stays_until_its_run_is_deleted(
     assert "0 folders" in project.run("gc", "--older-than", "0", "--yes").stdout
     assert stages(project) == before | only_its_own
 
-    client_of(project).delete_run(other["sweep_run"])
+    client = client_of(project)
+    client.delete_run(other["sweep_run"])
+    tuned = project.manifests()["finetune 0.45"]
+    client.create_registered_model("kept")
+    version = client.create_model_version("kept", "runs:/it", run_id=tuned["run_id"])
+    shown = project.run("gc", "--older-than", "0").stdout
+    measured = project.manifests()["measure finetune 0.45"]["key"]
+    assert {key for key in only_its_own if key in shown} == {measured}
+    client.delete_model_version("kept", version.version)
     assert "0 folders" in project.run("gc", "--yes").stdout, "it is not a week old"
     shown = project.run("gc", "--older-than", "0").stdout
     assert "nothing was removed" in shown

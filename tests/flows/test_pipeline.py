@@ -138,20 +138,20 @@ def weights(project: Project, label: str) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in tensors.items()}
 
 
-def cancel_in_prefect(process: subprocess.Popen[str]) -> None:
-    """Ask for the cancel of all that runs, as the button in Prefect's page does."""
+def cancelling(name: str) -> Callable[[subprocess.Popen[str]], object]:
+    """Ask for the cancel of a running flow, as the button in Prefect's page does."""
     code = (
         "from prefect.client.orchestration import get_client\n"
         "from prefect.states import Cancelling\n"
         "with get_client(sync_client=True) as client:\n"
         "    for run in client.read_flow_runs():\n"
-        "        if run.name == 'stopped' and run.state.is_running():\n"
+        f"        if run.name == {name!r} and run.state.is_running():\n"
         "            client.set_flow_run_state(run.id, Cancelling())\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    return lambda process: subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def sending(sent: signal.Signals) -> Callable[[subprocess.Popen[str]], None]:
+def sending(sent: signal.Signals) -> Callable[[subprocess.Popen[str]], object]:
     return lambda process: process.send_signal(sent)
 
 
@@ -159,7 +159,7 @@ STOPS = [
     (sending(signal.SIGKILL), -signal.SIGKILL, "RUNNING", "RUNNING"),
     (sending(signal.SIGINT), 130, "CANCELLED", "KILLED"),
     (sending(signal.SIGTERM), 143, "CANCELLED", "KILLED"),
-    (cancel_in_prefect, 143, "CANCELLED", "KILLED"),
+    (cancelling("stopped"), 143, "CANCELLED", "KILLED"),
 ]
 """A way to stop a pipeline, its exit code, and the states of Prefect and MLflow after it."""
 
