@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlflow.tracking import MlflowClient
 from rich.console import Console
@@ -109,10 +110,10 @@ def print_table(seed: int, outcomes: list[Outcome]) -> None:
 # --- processes --------------------------------------------------------------------------------
 
 
-def start(project: Project) -> subprocess.Popen[str]:
+def start(project: Project, options: dict[str, Any] | None = None) -> subprocess.Popen[str]:
     log = (project.folder / "log.txt").open("a")
     command = project.command("frontier", str(project.params))
-    return subprocess.Popen(command, stdout=log, stderr=log, **project.options())
+    return subprocess.Popen(command, stdout=log, stderr=log, **(options or project.options()))
 
 
 def workers_of(project: Project) -> dict[str, int]:
@@ -409,6 +410,25 @@ def mlflow_outage(folder: Path, reference: Project, chance: random.Random) -> Ou
     return outcome
 
 
+def prefect_outage(folder: Path, reference: Project, chance: random.Random) -> Outcome:
+    """The pipeline's own Prefect server is killed while a stage trains."""
+    outcome = Outcome("Prefect server gone in mid-training", tried=1)
+    project = new_project(folder, **EXPERIMENT)
+    options = project.options()
+    del options["env"]["PREFECT_API_URL"]
+    options["env"]["PREFECT_HOME"] = str(folder / "prefect")
+    process = start(project, options)
+    wait_for_stage(project, process, "sparse")
+    time.sleep(chance.uniform(0, 4))
+    subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "-f", "flows.server"], check=True)
+    killed = time.monotonic()
+    code = process.wait(300)
+    outcome.longest = time.monotonic() - killed
+    outcome.check(code in (0, 2), f"exit code {code}: {last_line(project)}")
+    finish(project, reference, outcome)
+    return outcome
+
+
 @contextmanager
 def serve_mlflow(folder: Path, port: int) -> Iterator[None]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
@@ -460,6 +480,7 @@ FAULTS: list[Fault] = [
     two_at_once,
     eight_at_once,
     mlflow_outage,
+    prefect_outage,
     full_disk,
 ]
 
