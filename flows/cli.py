@@ -296,6 +296,9 @@ def _explain(error: BaseException) -> None:
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; {KEPT}", 2)
+    if type(error).__module__.startswith("httpx"):  # Prefect's client; MLflow's does not raise.
+        address = os.environ["PREFECT_API_URL"]
+        _fail(f"Prefect's server at {address} cannot be reached ({error}); {KEPT}", 2)
     if isinstance(error, Exception):
         _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     _fail(f"terminated; {KEPT}", TERMINATED)

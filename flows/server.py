@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from pathlib import Path
 from crnn.errors import UserError
 from flows.children import end_with_parent
 from flows.locks import single_flight
+
+RESTARTS = 3
 
 START_SECONDS = 120
 """A fresh database takes 13 s on a small machine."""
@@ -39,27 +42,53 @@ def start_server() -> Callable[[], None]:
     starting = contextlib.ExitStack()
     # Two servers that create the same fresh database at once collide.
     starting.enter_context(single_flight("prefect-store", lambda: False, lambda _: None))
-    command = [sys.executable, "-P", "-m", "flows.server", str(port), str(os.getpid())]
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-    atexit.register(_stop, server)
+    log.unlink(missing_ok=True)
+    server = _Server(port, log)
+    atexit.register(server.stop)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
 
     def wait() -> None:
         with starting:
-            _wait(server, log)
+            _wait(server.process, log)
+        threading.Thread(target=server.keep, daemon=True).start()
 
     return wait
 
 
-def _stop(server: "subprocess.Popen[bytes]") -> None:
-    server.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(5)
-    server.kill()
-    server.wait()
+class _Server:
+    """A server's process, started again where something kills it.
+
+    Attributes:
+        process: The present one.
+    """
+
+    def __init__(self, port: int, log: Path) -> None:
+        self._port, self._log = port, log
+        self._stopping = False
+        self.process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-P", "-m", "flows.server", str(self._port), str(os.getpid())]
+        with self._log.open("ab") as out:
+            return subprocess.Popen(
+                command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def keep(self) -> None:
+        """Start it again when it dies; Prefect's client retries for a minute."""
+        for _ in range(RESTARTS):
+            self.process.wait()
+            if self._stopping:
+                return
+            self.process = self._start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        self.process.kill()
+        self.process.wait()
 
 
 def _free_port() -> int:
