@@ -46,6 +46,11 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write the network with its settings, charset and geometry."""
+    write_atomic(path, checkpoint_bytes(checkpoint))
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
+    """What save_checkpoint writes."""
     model = checkpoint.model
     metadata = {
         "format": FORMAT,
@@ -56,7 +61,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         ),
         "stage": checkpoint.stage,
     }
-    _write(path, model.state_dict(), metadata)
+    return _serialised(model.state_dict(), metadata)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -144,7 +149,7 @@ def save_run(path: Path, run: Run) -> None:
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors |= {f"memory.{name}": tensor for name, tensor in run.memory.items()}
     metadata = {"format": FORMAT, "epoch": str(run.epoch), "seed": str(run.seed)}
-    _write(path, tensors, metadata)
+    write_atomic(path, _serialised(tensors, metadata))
 
 
 def load_run(path: Path, model: Recogniser, settings: TrainSettings) -> Run:
@@ -187,14 +192,14 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file that is a function of its content.
+def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A file that is a function of its content.
 
     Safetensors takes contiguous tensors on the CPU. It writes its metadata in random order, so
     all of ours is the JSON text of one entry.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(plain, {METADATA: json.dumps(metadata, sort_keys=True)}))
+    return save(plain, {METADATA: json.dumps(metadata, sort_keys=True)})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -112,13 +112,13 @@ def preview(
     if as_json:
         _print_json(cuts)
         return
-    header = ["ratio", "cut", "params", "MACs", "size", "kept by layer"]
+    header = ["point", "cut", "params", "MACs", "size", "kept by layer"]
     _print_table(
         f"{experiment.name}: cuts of the sparse network",
         header,
         [
             [
-                f"{c['ratio']:g}",
+                c["point"],
                 f"{100 * c['ratio_achieved']:.1f}%",
                 f"{c['params'] / 1e6:.3f} M",
                 f"{c['macs'] / 1e6:.1f} M",

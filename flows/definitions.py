@@ -17,7 +17,15 @@ from flows import display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
 
-VERSIONS = {"data": 1, "baseline": 1, "sparse": 1, "prune": 1, "finetune": 1, "measure": 1}
+VERSIONS = {
+    "data": 1,
+    "baseline": 1,
+    "sparse": 1,
+    "target": 1,
+    "prune": 1,
+    "finetune": 1,
+    "measure": 1,
+}
 """Raise a stage's number when a change of its code changes its result."""
 
 
@@ -62,6 +70,23 @@ def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> 
     return Stage("sparse", "sparse", settings, inputs, VERSIONS["sparse"])
 
 
+def targets(experiment: Experiment) -> dict[str, float]:
+    """What prune.targets asks for."""
+    return experiment.prune.targets.model_dump(exclude_none=True)
+
+
+def target_stage(experiment: Experiment, sparse: Manifest, kind: str, value: float) -> Stage:
+    """The ratio that meets a target."""
+    settings = {"prune": _dump(experiment.prune), "kind": kind, "value": value}
+    label = f"target {point_of_target(kind, value)}"
+    return Stage("target", label, settings, {"sparse": sparse}, VERSIONS["target"])
+
+
+def point_of_target(kind: str, value: float) -> str:
+    """Name of a target's point of the frontier."""
+    return f"{kind} {value:,.10g}"
+
+
 def prune_stage(experiment: Experiment, data: Manifest, sparse: Manifest, ratio: float) -> Stage:
     """The network with the channels of one ratio cut out."""
     settings = {"prune": _dump(experiment.prune), "basis_points": round(10_000 * ratio)}
@@ -87,7 +112,7 @@ def _training(experiment: Experiment, section: TrainSettings) -> dict[str, Any]:
 
 def _dump(settings: Settings) -> dict[str, Any]:
     """Settings as JSON, paths and what is not set left out."""
-    return settings.model_dump(mode="json", exclude={"checkpoint"}, exclude_none=True)
+    return settings.model_dump(mode="json", exclude={"checkpoint", "targets"}, exclude_none=True)
 
 
 def _digest_of_file(path: Path) -> str:

@@ -3,10 +3,10 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from crnn.errors import SettingsError
@@ -34,7 +34,7 @@ class Experiment(Settings):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
+    ratios: tuple[Ratio, ...] = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
     data: DataSettings
     model: ModelSettings = ModelSettings()
     baseline: BaselineSettings
@@ -42,6 +42,12 @@ class Experiment(Settings):
     prune: PruneSettings = PruneSettings()
     finetune: TrainSettings
     execution: ExecutionSettings = ExecutionSettings()
+
+    @model_validator(mode="after")
+    def _something_to_cut(self) -> Self:
+        if not self.ratios and not self.prune.targets.model_dump(exclude_none=True):
+            raise ValueError("give ratios, prune.targets, or both")
+        return self
 
     @field_validator("ratios")
     @classmethod

@@ -108,6 +108,12 @@ def sparse(context: Context, samples: Manifest, uncut: Manifest) -> Any:
     return run_stage(context, definitions.sparse_stage(context.experiment, samples, uncut))
 
 
+@task(cache_policy=NO_CACHE, task_run_name="target {kind} {value}")
+def target(context: Context, thin: Manifest, kind: str, value: float) -> Any:
+    """Find the ratio that meets a target."""
+    return run_stage(context, definitions.target_stage(context.experiment, thin, kind, value))
+
+
 @task(cache_policy=NO_CACHE, task_run_name="prune {ratio}")
 def prune(context: Context, samples: Manifest, thin: Manifest, ratio: float) -> Any:
     """Cut the channels of one ratio."""
@@ -162,25 +168,38 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
 
 
 def _sweep(context: Context) -> Frontier:
-    experiment = context.experiment
     samples = _result(data.submit(context))
     uncut = _result(baseline.submit(context, samples))
     thin = _result(sparse.submit(context, samples, uncut))
+    points = _points(context, thin)
     started = []
-    for ratio in experiment.ratios:
+    for _, ratio, _ in points:
         cutting: Any = prune.submit(context, samples, thin, ratio)
         started.append((cutting, finetune.submit(context, samples, cutting, ratio)))
     tuned = [(_result(cutting), _result(tuning)) for cutting, tuning in started]
     # Latency needs a quiet machine: one network after another, when nothing trains any more.
     cost = _result(measure.submit(context, uncut))
     rows = [_row("baseline", uncut, cost, {"data": samples, "baseline": uncut})]
-    for ratio, (pruned, model) in zip(experiment.ratios, tuned, strict=True):
-        stages = {"sparse": thin, "prune": pruned, "finetune": model}
+    for (name, _, wish), (pruned, model) in zip(points, tuned, strict=True):
+        stages = {"data": samples, "sparse": thin, **wish, "prune": pruned, "finetune": model}
         cost = _result(measure.submit(context, model))
-        rows.append(_row(f"{ratio:g}", model, cost, {"data": samples, **stages}))
+        rows.append(_row(name, model, cost, stages))
     for row, best in zip(rows, report.pareto(rows), strict=True):
         row["pareto"] = best
     return _publish(context, rows)
+
+
+def _points(context: Context, thin: Manifest) -> list[tuple[str, float, dict[str, Manifest]]]:
+    """Name and ratio of every point, and the stage that found the ratio where one did."""
+    experiment = context.experiment
+    points: list[tuple[str, float, dict[str, Manifest]]] = [
+        (f"{ratio:g}", ratio, {}) for ratio in experiment.ratios
+    ]
+    for kind, value in definitions.targets(experiment).items():
+        found = _result(target.submit(context, thin, kind, value))
+        name = definitions.point_of_target(kind, value)
+        points.append((name, found.metrics["target/ratio"], {"target": found}))
+    return points
 
 
 def _result(future: PrefectFuture[Any]) -> Manifest:
@@ -196,12 +215,14 @@ def _row(point: str, model: Manifest, cost: Manifest, stages: dict[str, Manifest
         "prune/ratio_achieved": 0.0,
         **({} if pruned is None else _cut_figures(pruned)),
     }
+    wish = stages["target"].metrics if "target" in stages else {}
     scores = {name: value for name, value in model.metrics.items() if name.startswith("val/")}
     keys = {name: manifest.key for name, manifest in {**stages, "measure": cost}.items()}
     checkpoint = str(model.file(model.result).relative_to(project.home()))
     return {
         "point": point,
         **cut,
+        **wish,
         **scores,
         **cost.metrics,
         "checkpoint": checkpoint,

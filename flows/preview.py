@@ -32,23 +32,30 @@ def check(experiment: Experiment) -> tuple[dict[str, dict[str, int]], list[dict[
 
 
 def preview(experiment: Experiment) -> list[dict[str, Any]]:
-    """What each ratio would keep layer by layer, and cost, from the cached sparse stage.
+    """What each ratio and target would keep layer by layer, and cost, from the sparse stage.
 
     Raises:
         UserError: The sparse stage has not been computed, or a ratio is beyond the floors.
     """
     sparse = find_sparse(experiment)
     from flows.stages.cutting import plan
+    from flows.stages.targets import ratio_for
     from pruning.cost import macs, parameters
     from pruning.surgery import cut
 
+    index = sparse.file(sparse.result)
+    points = [(f"{ratio:g}", ratio) for ratio in experiment.ratios]
+    for kind, value in definitions.targets(experiment).items():
+        ratio, _ = ratio_for(index, kind, value, experiment.prune)
+        points.append((definitions.point_of_target(kind, value), ratio))
     cuts = []
-    for ratio in experiment.ratios:
-        uncut, masks = plan(sparse.file(sparse.result), ratio, experiment.prune)
-        model = cut(uncut, masks)
+    for point, ratio in points:
+        uncut, masks = plan(index, ratio, experiment.prune)
+        model = cut(uncut.model, masks)
         widths = [int(mask.sum()) for mask in masks]
         cuts.append(
             {
+                "point": point,
                 "ratio": ratio,
                 "ratio_achieved": 1 - sum(widths) / sum(len(m) for m in masks),
                 "widths": widths,

@@ -42,6 +42,7 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
     """Run the stage that the job names, in its work folder."""
     from flows.stages.cutting import measure, prune
     from flows.stages.data import data
+    from flows.stages.targets import target
     from flows.stages.training import baseline, finetune, history, sparse
     from flows.stages.work import Work, run_timed
 
@@ -49,6 +50,7 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
         "data": data,
         "baseline": baseline,
         "sparse": sparse,
+        "target": target,
         "prune": prune,
         "finetune": finetune,
         "measure": measure,

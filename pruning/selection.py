@@ -46,15 +46,27 @@ def keep_masks(
     ]
 
 
+def largest_ratio(gammas: Sequence[Tensor], settings: PruneSettings) -> float:
+    """Highest prune ratio of at most four decimals that the floors of all layers allow."""
+    sizes = [len(gamma) for gamma in gammas]
+    free = sum(sizes) - sum(_floor(size, settings) for size in sizes)
+    return _ratio(free, sum(sizes))
+
+
+def _ratio(count: int, channels: int) -> float:
+    """Largest ratio of four decimals that removes at most so many channels."""
+    return int(Decimal(count) / channels * 10_000) / 10_000
+
+
 def _exact(magnitudes: list[Tensor], protected: list[Tensor], ratio: float) -> list[Tensor]:
     flat, safe = torch.cat(magnitudes), torch.cat(protected)
     count = int(len(flat) * Decimal(str(ratio)))
     free = int((~safe).sum())
     if count > free:
-        largest = int(Decimal(free) / len(flat) * 10_000) / 10_000
         raise SettingsError(
             f"prune ratio {ratio} would remove {count} of {len(flat)} channels, but the floors"
-            f" (prune.min_channels, prune.min_ratio) allow {free}; the largest ratio is {largest}"
+            f" (prune.min_channels, prune.min_ratio) allow {free}; the largest ratio is"
+            f" {_ratio(free, len(flat))}"
         )
     order = flat.argsort(stable=True)
     keep = torch.ones(len(flat), dtype=torch.bool)

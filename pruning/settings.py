@@ -31,8 +31,23 @@ class SparseSettings(TrainSettings):
         return self
 
 
+class Targets(Settings):
+    """Wishes that each get a point of their own, at the lowest ratio that meets them.
+
+    size_mb is the checkpoint's, 10^6 bytes; macs and latency_ms (one CPU thread) are those of one
+    line of 32 x 128 px.
+    """
+
+    size_mb: Annotated[float, Field(gt=0)] | None = None
+    params: Annotated[int, Field(gt=0)] | None = None
+    macs: Annotated[int, Field(gt=0)] | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+
+
 class PruneSettings(Settings):
     """Selection of channels and the cut."""
+
+    targets: Targets = Targets()
 
     selection: Literal["exact", "reference"] = "exact"
     min_channels: Annotated[int, Field(ge=1)] = 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from crnn.checkpoint import load_checkpoint
+from crnn.checkpoint import Checkpoint, load_checkpoint
 from crnn.data.batches import evaluation_batches, normalise
 from crnn.devices import best_device
 from crnn.evaluation import evaluate
@@ -19,7 +19,7 @@ from pruning.settings import PruneSettings
 from pruning.surgery import cut, mean_activations
 
 
-def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Recogniser, list[Tensor]]:
+def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint, list[Tensor]]:
     """The network of a sparse stage to cut at a ratio, and the keep mask of each layer.
 
     Args:
@@ -30,15 +30,16 @@ def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Recogniser
     Raises:
         UserError: The ratio is beyond what the floors allow.
     """
-    uncut = load_checkpoint(start_of_cut(index, ratio)).model
-    return uncut, keep_masks(absolute_gammas(uncut), ratio, settings)
+    uncut = load_checkpoint(start_of_cut(index, ratio))
+    return uncut, keep_masks(absolute_gammas(uncut.model), ratio, settings)
 
 
 def prune(work: Work) -> Outcome:
     """Cut the channels of one ratio out of the sparse network."""
     settings = PruneSettings.model_validate(work.settings["prune"])
     ratio = work.settings["basis_points"] / 10_000
-    uncut, masks = plan(work.input("sparse"), ratio, settings)
+    checkpoint, masks = plan(work.input("sparse"), ratio, settings)
+    uncut = checkpoint.model
     model = cut(uncut, masks, _means(work, uncut, settings))
     work.save_model(work.out / MODEL, model)
     work.write_summary(model)

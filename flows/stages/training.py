@@ -103,7 +103,7 @@ def _given_model(work: Work) -> Recogniser:
 def _refuse_unreachable_ratios(work: Work, model: Recogniser) -> None:
     """Before hours of training: the floors must leave room for the highest ratio."""
     settings = PruneSettings.model_validate(work.job["prune"])
-    keep_masks(absolute_gammas(model), max(work.job["ratios"]), settings)
+    keep_masks(absolute_gammas(model), max(work.job["ratios"], default=0), settings)
 
 
 def _train(

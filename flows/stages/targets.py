@@ -1,0 +1,80 @@
+"""Finding the prune ratio that meets a wish for size or speed, without training."""
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from crnn.checkpoint import Checkpoint, checkpoint_bytes
+from crnn.errors import SettingsError
+from flows.stages.cutting import plan
+from flows.stages.work import Outcome, Work
+from pruning.cost import latency_ms, macs, parameters
+from pruning.gammas import absolute_gammas
+from pruning.selection import largest_ratio
+from pruning.settings import PruneSettings
+from pruning.surgery import cut
+
+COSTS: dict[str, Callable[[Checkpoint], float]] = {
+    "size_mb": lambda network: len(checkpoint_bytes(network)) / 1e6,
+    "params": lambda network: parameters(network.model)["total"],
+    "macs": lambda network: macs(network.model),
+    "latency_ms": lambda network: latency_ms(network.model),
+}
+"""What each key of prune.targets measures."""
+
+
+def target(work: Work) -> Outcome:
+    """Find the ratio of one target. A stage, so that a measured latency is measured once."""
+    settings = PruneSettings.model_validate(work.settings["prune"])
+    kind, value = work.settings["kind"], work.settings["value"]
+    ratio, achieved = ratio_for(work.input("sparse"), kind, value, settings)
+    figures = {"target/requested": value, "target/achieved": achieved, "target/ratio": ratio}
+    work.write_json("target.json", figures)
+    return "target.json", figures
+
+
+def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> tuple[float, float]:
+    """The lowest ratio whose cut costs at most a value, and what it costs.
+
+    Args:
+        index: Result file of a sparse stage.
+        kind: Key of COSTS.
+        value: Highest cost allowed.
+        settings: Selection rule, floors, rounding.
+
+    Raises:
+        SettingsError: No ratio that the floors allow is cheap enough.
+    """
+
+    @cache
+    def cost(basis_points: int) -> float:
+        uncut, masks = plan(index, basis_points / 10_000, settings)
+        # As the fine-tuned network will be: the name of its stage is among its bytes.
+        return COSTS[kind](replace(uncut, model=cut(uncut.model, masks), stage="finetune"))
+
+    begin = 0
+    ends = _ends(index, settings)
+    for end in ends:
+        if cost(end) <= value:
+            break
+        begin = end + 1
+    else:
+        raise SettingsError(
+            f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
+            f" {cost(ends[-1]):,.4g}, at ratio {ends[-1] / 10_000:g}, the largest that the floors"
+            " allow"
+        )
+    # Among the cuts of one network a higher ratio never costs more.
+    found = begin + bisect_left(range(begin, end), True, key=lambda point: cost(point) <= value)
+    return found / 10_000, cost(found)
+
+
+def _ends(index: Path, settings: PruneSettings) -> list[int]:
+    """Basis points of the highest ratio that is cut from each network of a sparse stage."""
+    uncut, _ = plan(index, 0, settings)
+    highest = round(10_000 * largest_ratio(absolute_gammas(uncut.model), settings))
+    starts = [entry["zeros"] for entry in json.loads(index.read_text(encoding="utf-8"))]
+    return sorted({start - 1 for start in starts if 0 < start <= highest} | {highest})
