@@ -64,8 +64,8 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
     else:
         raise SettingsError(
             f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
-            f" {cost(ends[-1]):,.4g}, at ratio {ends[-1] / 10_000:g}, the largest that the floors"
-            " allow"
+            f" {round(cost(ends[-1]), 3):,.10g}, at ratio {ends[-1] / 10_000:g}, the largest that"
+            " the floors allow"
         )
     # Among the cuts of one network a higher ratio never costs more.
     found = begin + bisect_left(range(begin, end), True, key=lambda point: cost(point) <= value)
