@@ -154,7 +154,10 @@ def _explain(errors: Sequence[ErrorDetails]) -> str:
     if error["type"] == "missing":
         return f"key {where!r} is needed; add it to the file or with --set {where}=..."
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+    # A rule over a whole section names its values itself.
+    value = "" if isinstance(error["input"], dict) else f", not {error['input']!r}"
+    place = f"{where}: " if where else ""
+    return f"{place}{message[0].lower()}{message[1:]}{value}"
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:

@@ -123,6 +123,13 @@ def workers_of(project: Project) -> dict[str, int]:
     return {stage: int(pid) for pid, stage in pattern.findall(found.stdout)}
 
 
+def family_of(worker: int) -> list[int]:
+    """A stage's process and its loaders."""
+    search = ["pgrep", "-P", str(worker), "-f", "flows.worker"]
+    loaders = subprocess.run(search, capture_output=True, text=True).stdout.split()
+    return [worker, *map(int, loaders)]
+
+
 def wait_for_stage(
     project: Project, process: subprocess.Popen[str], stage: str
 ) -> tuple[str, int] | None:
@@ -181,8 +188,8 @@ def lost_steps(project: Project) -> Iterator[str]:
 
 
 def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
-    """kill -9 of the pipeline or of a stage's process, over all stages."""
-    outcome = Outcome("kill -9 of pipeline or stage")
+    """kill -9 of the pipeline, of a stage's process or of its loader, over all stages."""
+    outcome = Outcome("kill -9 of pipeline, stage or loader")
     while outcome.tried < KILLS:
         project = new_project(folder / str(outcome.tried), **EXPERIMENT)
         for stage in (stage for stage in STAGES for _ in range(2)):
@@ -194,7 +201,7 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
             time.sleep(chance.uniform(0, 5 if reached in TRAINING else 2.5))
             killed = time.monotonic()
             with suppress(ProcessLookupError):  # It ended by itself just now.
-                os.kill(chance.choice([process.pid, worker]), signal.SIGKILL)
+                os.kill(chance.choice([process.pid, *family_of(worker)]), signal.SIGKILL)
             if process.wait(300) == 0:
                 break
             while workers_of(project):
