@@ -70,11 +70,6 @@ def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> 
     return Stage("sparse", "sparse", settings, inputs, VERSIONS["sparse"])
 
 
-def targets(experiment: Experiment) -> dict[str, float]:
-    """What prune.targets asks for."""
-    return experiment.prune.targets.model_dump(exclude_none=True)
-
-
 def target_stage(experiment: Experiment, sparse: Manifest, kind: str, value: float) -> Stage:
     """The ratio that meets a target."""
     settings = {"prune": _dump(experiment.prune), "kind": kind, "value": value}
@@ -111,7 +106,7 @@ def _training(experiment: Experiment, section: TrainSettings) -> dict[str, Any]:
 
 
 def _dump(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON, paths and what is not set left out."""
+    """Settings as JSON; paths, targets (a stage of their own) and what is not set left out."""
     return settings.model_dump(mode="json", exclude={"checkpoint", "targets"}, exclude_none=True)
 
 

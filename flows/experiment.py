@@ -45,7 +45,7 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _something_to_cut(self) -> Self:
-        if not self.ratios and not self.prune.targets.model_dump(exclude_none=True):
+        if not self.ratios and not self.prune.targets.wishes():
             raise ValueError("give ratios, prune.targets, or both")
         return self
 

@@ -195,7 +195,7 @@ def _points(context: Context, thin: Manifest) -> list[tuple[str, float, dict[str
     points: list[tuple[str, float, dict[str, Manifest]]] = [
         (f"{ratio:g}", ratio, {}) for ratio in experiment.ratios
     ]
-    for kind, value in definitions.targets(experiment).items():
+    for kind, value in experiment.prune.targets.wishes().items():
         found = _result(target.submit(context, thin, kind, value))
         name = definitions.point_of_target(kind, value)
         points.append((name, found.metrics["target/ratio"], {"target": found}))

@@ -45,7 +45,7 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
 
     index = sparse.file(sparse.result)
     points = [(f"{ratio:g}", ratio) for ratio in experiment.ratios]
-    for kind, value in definitions.targets(experiment).items():
+    for kind, value in experiment.prune.targets.wishes().items():
         ratio, _ = ratio_for(index, kind, value, experiment.prune)
         points.append((definitions.point_of_target(kind, value), ratio))
     cuts = []

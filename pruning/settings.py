@@ -43,12 +43,15 @@ class Targets(Settings):
     macs: Annotated[int, Field(gt=0)] | None = None
     latency_ms: Annotated[float, Field(gt=0)] | None = None
 
+    def wishes(self) -> dict[str, float]:
+        """Those that were set, by key."""
+        return self.model_dump(exclude_none=True)
+
 
 class PruneSettings(Settings):
     """Selection of channels and the cut."""
 
     targets: Targets = Targets()
-
     selection: Literal["exact", "reference"] = "exact"
     min_channels: Annotated[int, Field(ge=1)] = 1
     min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0

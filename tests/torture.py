@@ -27,16 +27,21 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import load_file
 
-from tests.flows.conftest import LONG, Project, free_port, new_project, serve_prefect, wait_for
-from tests.flows.test_pipeline import cancelling, sending
+from tests.flows.conftest import (
+    LONG,
+    Project,
+    client_of,
+    free_port,
+    new_project,
+    serve_prefect,
+    wait_for,
+)
+from tests.flows.test_pipeline import cancelling, children_of, sending, weights
 
 KILLS, CANCELS, ARTIFACTS, INPUTS = 40, 10, 100, 200
 STAGES = ("data", "baseline", "sparse", "prune", "finetune", "measure")
 EXPERIMENT = {**LONG, "sparse": {**LONG["sparse"], "epochs": 12}}
-
-
 TRAINING = ("baseline", "sparse", "finetune")
 
 
@@ -119,15 +124,9 @@ def start(project: Project, options: dict[str, Any] | None = None) -> subprocess
 def workers_of(project: Project) -> dict[str, int]:
     """Process of each stage that is being computed now, by stage."""
     found = subprocess.run(["pgrep", "-af", "flows.worker"], capture_output=True, text=True)
-    pattern = re.compile(rf"^(\d+) .*{re.escape(str(project.home))}/work/(\w+)-\w+/job.json$", re.M)
+    place = re.escape(str(project.home / "work"))
+    pattern = re.compile(rf"^(\d+) .*{place}/(\w+)-\w+/job.json$", re.M)
     return {stage: int(pid) for pid, stage in pattern.findall(found.stdout)}
-
-
-def family_of(worker: int) -> list[int]:
-    """A stage's process and its loaders."""
-    search = ["pgrep", "-P", str(worker), "-f", "flows.worker"]
-    loaders = subprocess.run(search, capture_output=True, text=True).stdout.split()
-    return [worker, *map(int, loaders)]
 
 
 def wait_for_stage(
@@ -161,16 +160,10 @@ def last_line(project: Project) -> str:
     return (project.folder / "log.txt").read_text().strip().splitlines()[-1]
 
 
-def weights(project: Project, label: str) -> dict[str, bytes]:
-    folder = project.home / "stages" / project.manifests()[label]["key"]
-    tensors = load_file(folder / "model.safetensors")
-    return {name: tensor.tobytes() for name, tensor in tensors.items()}
-
-
 def lost_steps(project: Project) -> Iterator[str]:
     """What MLflow does not have exactly once, finished."""
     uri = project.environment.get("MLFLOW_TRACKING_URI")
-    client = MlflowClient(uri or f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
+    client = MlflowClient(uri) if uri else client_of(project)
     everywhere = [e.experiment_id for e in client.search_experiments()]
     runs = client.search_runs(everywhere, "tags.kind = 'stage'", max_results=1000)
     for label, manifest in project.manifests().items():
@@ -201,7 +194,7 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
             time.sleep(chance.uniform(0, 5 if reached in TRAINING else 2.5))
             killed = time.monotonic()
             with suppress(ProcessLookupError):  # It ended by itself just now.
-                os.kill(chance.choice([process.pid, *family_of(worker)]), signal.SIGKILL)
+                os.kill(chance.choice([process.pid, worker, *children_of(worker)]), signal.SIGKILL)
             if process.wait(300) == 0:
                 break
             while workers_of(project):
@@ -248,7 +241,7 @@ def cancels(folder: Path, reference: Project, chance: random.Random) -> Outcome:
 
 
 def statuses(project: Project) -> list[str]:
-    client = MlflowClient(f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
+    client = client_of(project)
     everywhere = [e.experiment_id for e in client.search_experiments()]
     return [run.info.status for run in client.search_runs(everywhere)]
 

@@ -17,8 +17,8 @@ OFF = AugmentSettings(affine=0, blur=0, noise=0, contrast=0, jpeg=0)
 
 def test_a_small_network_learns_a_few_lines_by_heart(lines: Lines) -> None:
     torch.manual_seed(0)
-    model = Recogniser(ModelSettings(width=0.25, hidden=96), lines.charset.classes)
-    settings = TrainSettings(epochs=90, batch_size=4, learning_rate=6e-3, augment=OFF)
+    model = Recogniser(ModelSettings(width=0.25), lines.charset.classes)
+    settings = TrainSettings(epochs=120, batch_size=4, learning_rate=4e-3, augment=OFF)
     losses: list[float] = []
     fit(
         start(model, settings, 0),
@@ -26,8 +26,8 @@ def test_a_small_network_learns_a_few_lines_by_heart(lines: Lines) -> None:
         settings,
         on_epoch=lambda m: losses.append(m["train/loss"]),
     )
-    assert len(losses) == 90
-    assert losses[-1] < 0.5 < losses[0]
+    assert len(losses) == 120
+    assert losses[-1] < 0.1 < losses[0]
     assert evaluate(model, lines, set())["val/word_accuracy"] > 0.9
 
 

@@ -119,7 +119,7 @@ def test_bad_samples_are_refused_or_skipped_and_listed(
 
 def test_an_empty_data_set_is_refused(labelled: Project, label_folder: Path) -> None:
     (label_folder / "val.txt").write_text("")
-    result = labelled.run("check-data", str(labelled.params), code=2)
+    result = labelled.run("frontier", str(labelled.params), code=2)
     assert "the val split has no usable sample" in only_line(result)
 
 
@@ -255,8 +255,9 @@ def test_a_charset_that_lacks_characters_is_refused_with_the_counts(
     labelled: Project, label_folder: Path
 ) -> None:
     (label_folder / "charset.txt").write_text("01234")
-    result = labelled.run("check-data", str(labelled.params), code=2)
-    assert "characters outside the charset" in result.stdout
+    result = labelled.run("frontier", str(labelled.params), code=2)
+    assert "characters outside the charset" in result.stderr
+    assert "cannot be used" in result.stderr
 
 
 def test_the_article_s_settings_run_with_a_generated_charset(
