@@ -315,23 +315,23 @@ def _find_or_compute(
 def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
     folder = project.work_folder() / stage.key
     folder.mkdir(parents=True, exist_ok=True)
-    run_id = context.tracker.begin(stage)
+    context.tracker.begin(stage)
 
     def on_event(event: children.Event) -> None:
         display.show(stage.label, event)
         if event["event"] == "epoch":
-            context.tracker.epochs(run_id, folder / "out")
+            context.tracker.epochs(stage, folder / "out")
 
     try:
         job = _job(context.experiment, stage, cpus, folder)
         outcome = children.run_child(job, folder, lock, on_event)
     except BaseException as error:
         stopped = isinstance(error, StoppedError)
-        context.tracker.interrupt(run_id, "KILLED" if stopped else "FAILED")
+        context.tracker.interrupt(stage, "KILLED" if stopped else "FAILED")
         raise
     finally:
         display.end(stage.label)
-    return cache.publish(stage, folder / "out", outcome, run_id)
+    return cache.publish(stage, folder / "out", outcome, context.tracker.run_of(stage.key))
 
 
 def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """MLflow: one canonical run for each stage, one run for each sweep, one for each of its points.
 
 Runs are projections of results on disk, found by tags, so that recording twice changes nothing
-and what an outage kept from being recorded is recorded the next time the stage is met.
+and what an outage kept from being recorded is recorded when MLflow is back, or at the next run.
 """
 
 import json
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 class Tracker:
-    """Records of one experiment. Every method survives an MLflow that cannot be reached.
+    """Records of one experiment, written by a thread: no stage waits for MLflow.
+
+    Every method but `sweep` returns at once. All of them survive an MLflow that cannot be reached.
 
     Attributes:
         experiment_id: MLflow experiment, or None while MLflow cannot be reached.
@@ -44,11 +47,13 @@ class Tracker:
     def __init__(self, experiment: str, warn: Callable[[str], None]) -> None:
         self._name = experiment
         self._warn = warn
-        self._lock = threading.RLock()
-        self._recorded: dict[str, str] = {}
-        self._failed_at = -math.inf
+        self._thread = ThreadPoolExecutor(1, "mlflow")
+        self._runs: dict[str, str] = {}
+        self._finished: set[str] = set()
+        self._unrecorded: dict[str, Manifest] = {}
+        self._is_down, self._retry_at = False, -math.inf
         self.experiment_id: str | None = None
-        self._try(lambda: None)
+        self._later(lambda: None)
 
     def _connect(self) -> None:
         # Processes that create the same fresh SQLite store at once collide.
@@ -65,7 +70,8 @@ class Tracker:
                 if found.lifecycle_stage == "deleted":
                     self._client.restore_experiment(experiment_id)
         for run in self._search("tags.kind = 'stage' and attributes.status = 'FINISHED'"):
-            self._recorded[run.data.tags["stage_key"]] = run.info.run_id
+            self._runs[run.data.tags["stage_key"]] = run.info.run_id
+            self._finished.add(run.data.tags["stage_key"])
         self._mark_dead_runs()
         self.experiment_id = str(experiment_id)
 
@@ -75,7 +81,7 @@ class Tracker:
             f"attributes.status = 'RUNNING' and tags.home = '{project.identity()}'"
         ):
             key = run.data.tags.get("stage_key", run.data.tags.get("sweep_key"))
-            if key and is_free(key):
+            if key and is_free(key) and is_free(_record(key)):
                 explanation = (
                     "The process that computed this died. The same command goes on from its last"
                     " finished epoch, in this run."
@@ -83,27 +89,30 @@ class Tracker:
                 self._client.set_tag(run.info.run_id, NOTE, explanation)
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
+    def _later(self, action: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Do it in the thread, after all that was asked for before."""
+        return self._thread.submit(self._try, action, *arguments)
+
     def _try(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """Do it, or warn once an outage and leave MLflow alone for a while."""
-        with self._lock:
-            if time.monotonic() - self._failed_at < RETRY_SECONDS:
-                return None
-            try:
-                if self.experiment_id is None:
-                    self._connect()
-                result = action(*arguments)
-                self._failed_at = -math.inf
-                return result
-            except Exception as error:
-                # MLflow lets errors of SQLAlchemy, of its plugins and of the network through.
-                if self._failed_at == -math.inf:
-                    reason = str(error).strip().splitlines()[0][:200]
-                    self._warn(
-                        f"MLflow cannot be reached ({reason}); what is missing there will be"
-                        " recorded when the stage is met again"
-                    )
-                self._failed_at = time.monotonic()
-                return None
+        if time.monotonic() < self._retry_at:
+            return None
+        try:
+            if self.experiment_id is None:
+                self._connect()
+            result = action(*arguments)
+            self._is_down = False
+            return result
+        except Exception as error:
+            # MLflow lets errors of SQLAlchemy, of its plugins and of the network through.
+            if not self._is_down:
+                reason = str(error).strip().splitlines()[0][:200]
+                self._warn(
+                    f"MLflow cannot be reached ({reason}); what is missing there will be"
+                    " recorded when it is back, or by the next run"
+                )
+            self._is_down, self._retry_at = True, time.monotonic() + RETRY_SECONDS
+            return None
 
     def _search(self, condition: str) -> list[Run]:
         found: list[Run] = []
@@ -119,14 +128,15 @@ class Tracker:
 
     # --- stages -----------------------------------------------------------------------------
 
-    def begin(self, stage: Stage) -> str | None:
+    def begin(self, stage: Stage) -> None:
         """Open the canonical run of a stage that is about to be computed, or computed on."""
-        self._recorded.pop(stage.key, None)
+        self._later(self._begin, stage)
+
+    def _begin(self, stage: Stage) -> None:
+        self._finished.discard(stage.key)
         inputs = {name: upstream.key for name, upstream in stage.inputs.items()}
-        run_id: str | None = self._try(
-            self._open, stage.key, stage.name, stage.label, (stage.settings, inputs)
-        )
-        return run_id
+        with _recording(stage.key):
+            self._open(stage.key, stage.name, stage.label, (stage.settings, inputs))
 
     def _find(self, condition: str, value: str) -> Run | None:
         return next(iter(self._search(f"{condition} = '{value}'")), None)
@@ -139,8 +149,9 @@ class Tracker:
         if found is None:
             tags = {"kind": "stage", "stage": name, "stage_key": key}
             upstream = {f"{stage}_key": upstream_key for stage, upstream_key in inputs.items()}
-            return self._create(label, {**tags, **upstream}, settings)
-        run_id = str(found.info.run_id)
+            self._runs[key] = self._create(label, {**tags, **upstream}, settings)
+            return self._runs[key]
+        run_id = self._runs[key] = str(found.info.run_id)
         self._client.update_run(run_id, status="RUNNING")
         if NOTE in found.data.tags:
             self._client.delete_tag(run_id, NOTE)
@@ -154,12 +165,18 @@ class Tracker:
         self._client.log_batch(run.info.run_id, params=_params(params))
         return str(run.info.run_id)
 
-    def epochs(self, run_id: str | None, folder: Path) -> None:
+    def epochs(self, stage: Stage, folder: Path) -> None:
         """Log the epochs a stage's folder has and its run has not."""
-        if run_id:
-            self._try(self._epochs, run_id, folder)
+        self._later(self._epochs, stage, folder)
 
-    def _epochs(self, run_id: str, folder: Path) -> None:
+    def _epochs(self, stage: Stage, folder: Path) -> None:
+        if stage.key not in self._runs:
+            self._begin(stage)
+        # A stage that has ended since has moved its folder, and is recorded from there.
+        with _recording(stage.key), suppress(FileNotFoundError):
+            self._log_epochs(self._runs[stage.key], folder)
+
+    def _log_epochs(self, run_id: str, folder: Path) -> None:
         if not (folder / HISTORY).exists():
             return
         logged = {m.step for m in self._client.get_metric_history(run_id, "train/loss")}
@@ -175,12 +192,17 @@ class Tracker:
             self._client.log_batch(run_id, metrics=_metrics(record, step))
 
     def finish(self, manifest: Manifest) -> None:
-        """Complete the run of a finished stage, whatever of it is missing.
+        """Complete the run of a finished stage, whatever of it is missing."""
+        self._unrecorded[manifest.key] = manifest
+        self._later(self._finish_all)
 
-        The caller holds the stage's lock, so that two processes never complete it at once.
-        """
-        if manifest.key not in self._recorded:
-            self._try(self._finish, manifest)
+    def _finish_all(self) -> None:
+        """Complete this run, and those that an outage has left behind."""
+        for manifest in list(self._unrecorded.values()):
+            if manifest.key not in self._finished:
+                with _recording(manifest.key):
+                    self._finish(manifest)
+            del self._unrecorded[manifest.key]
 
     def _finish(self, manifest: Manifest) -> None:
         found = self._find("tags.stage_key", manifest.key)
@@ -189,11 +211,11 @@ class Tracker:
             run_id = self._open(manifest.key, manifest.stage, manifest.label, made_of)
             self._complete(run_id, manifest)
         else:
-            run_id = str(found.info.run_id)
-        self._recorded[manifest.key] = run_id
+            self._runs[manifest.key] = str(found.info.run_id)
+        self._finished.add(manifest.key)
 
     def _complete(self, run_id: str, manifest: Manifest) -> None:
-        self._epochs(run_id, manifest.folder)
+        self._log_epochs(run_id, manifest.folder)
         logged = self._client.get_run(run_id).data.metrics
         if HISTORY not in manifest.files and manifest.metrics != logged:
             self._client.log_batch(run_id, metrics=_metrics(manifest.metrics, 0))
@@ -205,14 +227,17 @@ class Tracker:
         self._client.set_tag(run_id, "seconds", str(manifest.seconds))
         self._client.set_terminated(run_id, "FINISHED")
 
-    def interrupt(self, run_id: str | None, status: str) -> None:
+    def interrupt(self, stage: Stage, status: str) -> None:
         """Mark the run of a stage that did not finish as KILLED or FAILED."""
-        if run_id:
-            self._try(self._client.set_terminated, run_id, status)
+        self._later(self._interrupt, stage.key, status)
+
+    def _interrupt(self, key: str, status: str) -> None:
+        if key in self._runs:
+            self._client.set_terminated(self._runs[key], status)
 
     def run_of(self, key: str) -> str | None:
-        """MLflow run of a recorded stage."""
-        return self._recorded.get(key)
+        """MLflow run of a stage; None as long as it is not known."""
+        return self._runs.get(key)
 
     # --- sweeps -----------------------------------------------------------------------------
 
@@ -221,6 +246,8 @@ class Tracker:
     ) -> str | None:
         """Record a sweep and its points once; the same points again find the same run.
 
+        Waits for all that is still to be recorded, and tries once more what was not.
+
         Args:
             name: Of the run.
             key: Identifies the set of points.
@@ -228,13 +255,18 @@ class Tracker:
             params: Resolved settings of the experiment.
             files: Folder of tables and plots.
         """
-        run_id: str | None = self._try(self._sweep, name, key, points, params, files)
+        self._thread.submit(self._retry_now)
+        run_id: str | None = self._later(self._sweep, name, key, points, params, files).result()
         return run_id
+
+    def _retry_now(self) -> None:
+        self._retry_at = -math.inf
 
     def _sweep(
         self, name: str, key: str, points: list[dict[str, Any]], params: dict[str, Any], files: Path
     ) -> str:
-        with single_flight(key, lambda: False, lambda _: None):
+        self._finish_all()
+        with _recording(key):
             found = self._find("tags.kind = 'sweep' and tags.sweep_key", key)
             if found is None:
                 sweep_id = self._create(name, {"kind": "sweep", "sweep_key": key}, params)
@@ -278,6 +310,18 @@ class Tracker:
             tags=[RunTag("pareto", str(point["pareto"]).lower())],
         )
         self._client.set_terminated(run.info.run_id, "FINISHED")
+
+
+def _record(key: str) -> str:
+    """Name of the lock of a run's records."""
+    return f"record-{key}"
+
+
+@contextmanager
+def _recording(key: str) -> Iterator[None]:
+    """Write a run's records alone: two pipelines would log the same step twice."""
+    with single_flight(_record(key), lambda: False, lambda _: None):
+        yield
 
 
 def deleted_and_registered() -> tuple[set[str], set[str]]:

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from tests.flows.conftest import (
     client_of,
     free_port,
     new_project,
+    serve_mlflow,
     serve_prefect,
-    wait_for,
 )
 from tests.flows.test_pipeline import cancelling, children_of, sending, weights
 
@@ -427,21 +427,6 @@ def prefect_outage(folder: Path, reference: Project, chance: random.Random) -> O
     outcome.check(code in (0, 2), f"exit code {code}: {last_line(project)}")
     finish(project, reference, outcome)
     return outcome
-
-
-@contextmanager
-def serve_mlflow(folder: Path, port: int) -> Iterator[None]:
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "server.log").open("a") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health")
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def full_disk(folder: Path, reference: Project, chance: random.Random) -> Outcome:

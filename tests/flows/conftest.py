@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -154,6 +155,22 @@ def serve_prefect(home: Path) -> Iterator[str]:
         os.environ.pop("PREFECT_API_URL", None)
         server.terminate()
         server.wait(30)
+
+
+@contextmanager
+def serve_mlflow(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A real MLflow server on the store in the folder, in a process group of its own."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--workers", "1"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "server.log").open("a") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health")
+        yield server
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 LONG = {

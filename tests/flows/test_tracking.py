@@ -2,11 +2,15 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mlflow.entities import Run
 
+from flows import cache
+from flows.tracking import Tracker
 from tests.flows.conftest import Project, client_of, copy_of, runs_of
 
 Finished = tuple[Project, dict[str, Any]]
@@ -107,6 +111,30 @@ def test_a_store_that_cannot_be_reached_costs_nothing_and_is_filled_later(
     late = runs_of(project, "stage")["finetune 0.5"]
     history = client_of(project).get_metric_history(late.info.run_id, "train/loss")
     assert [m.step for m in history] == [1]
+
+
+def test_a_store_that_is_back_before_the_end_is_filled_by_the_same_run(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    store = project.home / "mlflow" / "mlflow.db"
+    store.unlink()
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    warnings: list[str] = []
+    tracker = Tracker("tiny", warnings.append)
+    for folder in project.home.glob("stages/*"):
+        tracker.finish(cache.verified(folder))
+    while not warnings:
+        time.sleep(0.05)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
+    report = Path(finished[1]["report"])
+    assert tracker.sweep("tiny", "sweep-1", finished[1]["rows"], {}, report)
+    runs = runs_of(project, "stage")
+    assert set(runs) == set(project.manifests())
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert len(warnings) == 1
 
 
 def test_an_experiment_that_was_deleted_in_mlflow_is_brought_back(
