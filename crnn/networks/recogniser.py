@@ -29,7 +29,7 @@ class Recogniser(nn.Module):
         self.rnn = nn.LSTM(channels, settings.hidden, num_layers=2, bidirectional=True)
         self.head = nn.Linear(2 * settings.hidden, classes)
         if not self.head.weight.is_meta:  # There torch would import its compiler, for a second.
-            self.apply(_initialise)
+            self.apply(initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, 32, W), float in [-1, 1], to logits (T, N, K), float32."""
@@ -41,7 +41,8 @@ class Recogniser(nn.Module):
             return logits
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Give a layer the initial weights of this network, where they are not torch's own."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.BatchNorm2d):

@@ -37,7 +37,7 @@ def baseline(work: Work) -> Outcome:
     _refuse_unreachable_ratios(work, model)
     work.write_summary(model)
     settings = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
-    return MODEL, _train(work, model, BaselineSettings.model_validate(settings))
+    return MODEL, train(work, model, BaselineSettings.model_validate(settings))
 
 
 def sparse(work: Work) -> Outcome:
@@ -58,7 +58,7 @@ def sparse(work: Work) -> Outcome:
         model = _fresh_model(work)
     _refuse_unreachable_ratios(work, model)
     look = _snapshots(work) if settings.method == "auto" else None
-    metrics = _train(work, model, settings, penalty_of(settings), look)
+    metrics = train(work, model, settings, penalty_of(settings), look)
     _write_index(work, share_zero(model))
     return SNAPSHOT_INDEX, metrics
 
@@ -66,7 +66,7 @@ def sparse(work: Work) -> Outcome:
 def finetune(work: Work) -> Outcome:
     """Train the cut network on."""
     model = load_checkpoint(work.input("prune")).model
-    return MODEL, _train(work, model, TrainSettings.model_validate(work.settings["train"]))
+    return MODEL, train(work, model, TrainSettings.model_validate(work.settings["train"]))
 
 
 def start_of_cut(index: Path, ratio: float) -> Path:
@@ -106,7 +106,7 @@ def _refuse_unreachable_ratios(work: Work, model: Recogniser) -> None:
     keep_masks(absolute_gammas(model), max(work.job["ratios"], default=0), settings)
 
 
-def _train(
+def train(
     work: Work,
     model: Recogniser,
     settings: TrainSettings,
