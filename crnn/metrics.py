@@ -9,6 +9,10 @@ Z_95 = 1.959963984540054
 """97.5% quantile of the standard normal distribution."""
 
 
+Estimate = tuple[float, float, float]
+"""A figure and the two ends of its 95% interval."""
+
+
 def word_accuracy(texts: Sequence[str], labels: Sequence[str]) -> float:
     """Share of lines read without any error, in [0, 1]; nan of no lines."""
     if not labels:
@@ -28,7 +32,7 @@ def ned(texts: Sequence[str], labels: Sequence[str]) -> float:
     return sum(Levenshtein.normalized_similarity(t, label) for t, label in pairs) / len(labels)
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
     """95% score interval of a share seen in `count` trials (Wilson 1927); (0, 1) of no trials."""
     if count == 0:
         return 0.0, 1.0
@@ -39,3 +43,17 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return max(0.0, min(share, (centre - spread) / scale)), min(
         1.0, max(share, (centre + spread) / scale)
     )
+
+
+def difference_interval(one: Estimate, other: Estimate) -> Estimate:
+    """The difference of two independent shares, one minus other, with its 95% interval.
+
+    Square-and-add of the two intervals, method 10 of Newcombe 1998 (Statistics in Medicine 17,
+    873-890). Deviation: the two may be other than Wilson's (Zou and Donner 2008, Statistics in
+    Medicine 27, 1693-1702, show that any good ones serve).
+    """
+    (share, low, high), (other_share, other_low, other_high) = one, other
+    difference = share - other_share
+    below = math.hypot(share - low, other_high - other_share)
+    above = math.hypot(high - share, other_share - other_low)
+    return difference, difference - below, difference + above

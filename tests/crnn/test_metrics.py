@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy.stats import binomtest
 
-from crnn.metrics import ned, wilson_interval, word_accuracy
+from crnn.metrics import difference_interval, ned, wilson_interval, word_accuracy
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,23 @@ def test_interval_agrees_with_scipy(right: int, count: int) -> None:
     assert low == pytest.approx(expected.low, abs=1e-12)
     assert high == pytest.approx(expected.high, abs=1e-12)
     assert low <= right / count <= high
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "low", "high"),
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((6, 7), (2, 7), 0.0582, 0.8062),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+    ],
+)
+def test_interval_of_a_difference_as_newcombe_published_it(
+    one: tuple[int, int], other: tuple[int, int], low: float, high: float
+) -> None:
+    """Table II of Newcombe 1998, examples a to d, method 10."""
+    estimates = [(r / n, *wilson_interval(r / n, n)) for r, n in (one, other)]
+    difference, lower, upper = difference_interval(*estimates)
+    assert difference == pytest.approx(one[0] / one[1] - other[0] / other[1])
+    assert (lower, upper) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    assert difference_interval(*reversed(estimates))[1] == pytest.approx(-upper)
