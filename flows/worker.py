@@ -40,6 +40,7 @@ def main() -> None:
 
 def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Run the stage that the job names, in its work folder."""
+    from flows.stages.controls import scratch, small
     from flows.stages.cutting import measure, prune
     from flows.stages.data import data
     from flows.stages.targets import target
@@ -53,6 +54,8 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
         "target": target,
         "prune": prune,
         "finetune": finetune,
+        "scratch": scratch,
+        "small": small,
         "measure": measure,
     }
     folder = Path(job["folder"])

@@ -1,0 +1,101 @@
+"""The controls: networks that were not slimmed, trained with the multiply-adds of one that was.
+
+Whether slimming is worth its trouble is asked of the same architecture from fresh weights (Liu et
+al. 2019, "Rethinking the Value of Network Pruning", arXiv:1810.05270, Scratch-B, which evens out
+computation as well) and of an uncut network that is as small.
+"""
+
+import copy
+from bisect import bisect_right
+
+import torch
+
+from crnn.checkpoint import load_checkpoint
+from crnn.networks.recogniser import Recogniser, initialise
+from crnn.settings import ModelSettings, TrainSettings
+from flows.cache import MODEL
+from flows.stages.training import train
+from flows.stages.work import Outcome, Work
+from pruning.cost import macs, parameters
+
+WIDTH_STEPS = 10_000
+"""Widths are searched to four decimals, finer than any layer changes its channels."""
+
+
+def scratch(work: Work) -> Outcome:
+    """Train the architecture of a cut from fresh weights."""
+    pruned = load_checkpoint(work.input("prune")).model
+    return MODEL, _train_control(work, pruned, fresh(pruned, work.settings["seed"]))
+
+
+def small(work: Work) -> Outcome:
+    """Train an uncut network with about as many parameters as a cut one, all layers narrower."""
+    pruned = load_checkpoint(work.input("prune")).model
+    width = width_for(parameters(pruned)["total"], pruned.settings, pruned.classes)
+    torch.manual_seed(work.settings["seed"])
+    model = Recogniser(pruned.settings.model_copy(update={"width": width}), pruned.classes)
+    return MODEL, {**_train_control(work, pruned, model), "control/width": width}
+
+
+def _train_control(work: Work, pruned: Recogniser, model: Recogniser) -> dict[str, float]:
+    full = _uncut(work, pruned)
+    uncut_epochs, cut_epochs = work.settings["uncut_epochs"], work.settings["cut_epochs"]
+    total = uncut_epochs * macs(full) + cut_epochs * macs(pruned)
+    epochs = epochs_for(total, macs(model))
+    work.write_summary(model)
+    settings = TrainSettings.model_validate({**work.settings["train"], "epochs": epochs})
+    return {**train(work, model, settings), "control/epochs": float(epochs)}
+
+
+def _uncut(work: Work, pruned: Recogniser) -> Recogniser:
+    """A network of the architecture that the sparse stage trained."""
+    if "baseline" in work.job["inputs"]:  # It may be a checkpoint narrower than its settings.
+        return load_checkpoint(work.input("baseline")).model
+    return Recogniser(pruned.settings, pruned.classes)
+
+
+def epochs_for(total: int, macs_of_control: int) -> int:
+    """Epochs in which a control spends what the slimming path spent, at least one.
+
+    Forward multiply-adds of one line stand for the cost of training on it: the backward pass
+    takes the same multiple of them in each network. The penalty's own work is not counted, nor
+    what is the same for every network, such as reading and augmenting lines.
+
+    Args:
+        total: Multiply-adds of the slimming path: for each of its epochs those of one line.
+        macs_of_control: Multiply-adds of one line.
+    """
+    return max(1, round(total / macs_of_control))
+
+
+def width_for(count: int, settings: ModelSettings, classes: int) -> float:
+    """The largest width factor, up to that of the settings, with at most so many parameters.
+
+    Where one channel a layer is too many already, the smallest width.
+
+    Args:
+        count: Parameters.
+        settings: The family; all but the width is kept.
+        classes: Classes of the head.
+    """
+
+    def size(step: int) -> int:
+        narrow = settings.model_copy(update={"width": step / WIDTH_STEPS})
+        with torch.device("meta"):  # It is counted, not run.
+            return parameters(Recogniser(narrow, classes))["total"]
+
+    steps = range(1, round(settings.width * WIDTH_STEPS) + 1)
+    # A wider network never has fewer parameters.
+    return max(1, bisect_right(steps, count, key=size)) / WIDTH_STEPS
+
+
+def fresh(model: Recogniser, seed: int) -> Recogniser:
+    """A network of the same layers, with the weights that a new one of that seed would get."""
+    torch.manual_seed(seed)
+    new = copy.deepcopy(model)
+    for layer in new.modules():
+        reset = getattr(layer, "reset_parameters", None)
+        if reset:
+            reset()
+    new.apply(initialise)
+    return new
