@@ -24,6 +24,8 @@ VERSIONS = {
     "target": 1,
     "prune": 1,
     "finetune": 1,
+    "scratch": 1,
+    "small": 1,
     "measure": 1,
 }
 """Raise a stage's number when a change of its code changes its result."""
@@ -47,19 +49,25 @@ def given_charset(settings: DataSettings) -> Charset | None:
     return Charset.load(Path(settings.root) / settings.charset) if settings.charset else None
 
 
-def baseline_stage(experiment: Experiment, data: Manifest) -> Stage:
+def of_seed(experiment: Experiment, seed: int) -> str:
+    """What tells the stages of one seed from another's, behind their names."""
+    return f" seed {seed}" if len(experiment.training_seeds) > 1 else ""
+
+
+def baseline_stage(experiment: Experiment, data: Manifest, seed: int) -> Stage:
     """The uncut network, trained from scratch or from a checkpoint, whose content counts."""
-    settings = _training(experiment, experiment.baseline)
+    settings = _training(experiment.baseline, seed)
     if experiment.baseline.checkpoint is None:
         settings["model"] = _dump(experiment.model)
     else:
         settings["checkpoint"] = _digest_of_file(Path(experiment.baseline.checkpoint))
-    return Stage("baseline", "baseline", settings, {"data": data}, VERSIONS["baseline"])
+    label = f"baseline{of_seed(experiment, seed)}"
+    return Stage("baseline", label, settings, {"data": data}, VERSIONS["baseline"])
 
 
-def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> Stage:
+def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest, seed: int) -> Stage:
     """The uncut network under a sparsity penalty. One serves every ratio."""
-    settings = _training(experiment, experiment.sparse)
+    settings = _training(experiment.sparse, seed)
     if experiment.sparse.method != "auto":
         del settings["train"]["target_ratio"]  # It sets nothing there.
     inputs = {"data": data}
@@ -67,13 +75,16 @@ def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> 
         inputs["baseline"] = baseline
     else:
         settings["model"] = _dump(experiment.model)
-    return Stage("sparse", "sparse", settings, inputs, VERSIONS["sparse"])
+    label = f"sparse{of_seed(experiment, seed)}"
+    return Stage("sparse", label, settings, inputs, VERSIONS["sparse"])
 
 
-def target_stage(experiment: Experiment, sparse: Manifest, kind: str, value: float) -> Stage:
+def target_stage(
+    experiment: Experiment, sparse: Manifest, kind: str, value: float, seed: int
+) -> Stage:
     """The ratio that meets a target."""
     settings = {"prune": _dump(experiment.prune), "kind": kind, "value": value}
-    label = f"target {point_of_target(kind, value)}"
+    label = f"target {point_of_target(kind, value)}{of_seed(experiment, seed)}"
     return Stage("target", label, settings, {"sparse": sparse}, VERSIONS["target"])
 
 
@@ -82,18 +93,53 @@ def point_of_target(kind: str, value: float) -> str:
     return f"{kind} {value:,.10g}"
 
 
-def prune_stage(experiment: Experiment, data: Manifest, sparse: Manifest, ratio: float) -> Stage:
+def prune_stage(
+    experiment: Experiment, data: Manifest, sparse: Manifest, ratio: float, seed: int
+) -> Stage:
     """The network with the channels of one ratio cut out."""
     settings = {"prune": _dump(experiment.prune), "basis_points": round(10_000 * ratio)}
     inputs = {"data": data, "sparse": sparse}
-    return Stage("prune", f"prune {ratio:g}", settings, inputs, VERSIONS["prune"])
+    label = f"prune {ratio:g}{of_seed(experiment, seed)}"
+    return Stage("prune", label, settings, inputs, VERSIONS["prune"])
 
 
-def finetune_stage(experiment: Experiment, data: Manifest, pruned: Manifest, ratio: float) -> Stage:
+def finetune_stage(
+    experiment: Experiment, data: Manifest, pruned: Manifest, ratio: float, seed: int
+) -> Stage:
     """The cut network, trained on."""
-    settings = _training(experiment, experiment.finetune)
+    settings = _training(experiment.finetune, seed)
     inputs = {"data": data, "prune": pruned}
-    return Stage("finetune", f"finetune {ratio:g}", settings, inputs, VERSIONS["finetune"])
+    label = f"finetune {ratio:g}{of_seed(experiment, seed)}"
+    return Stage("finetune", label, settings, inputs, VERSIONS["finetune"])
+
+
+def control_stage(
+    experiment: Experiment, kind: str, upstream: dict[str, Manifest], seed: int
+) -> Stage:
+    """A network that was not slimmed, trained with the multiply-adds of one that was.
+
+    The schedule is the baseline's (batch size, learning rate, weight decay, augmentation,
+    precision) but for the number of epochs, which flows.stages.controls derives from those on the
+    slimming path. A sparse stage that did not start from the baseline has no baseline on its path.
+    What went into a baseline.checkpoint before this experiment is not counted, as nobody knows it.
+
+    Args:
+        experiment: Its definition.
+        kind: "scratch" or "small".
+        upstream: The stages "data", "baseline" and "prune".
+        seed: Of weights, data order and augmentation.
+    """
+    settings = _training(experiment.baseline, seed)
+    uncut_epochs, inputs = experiment.sparse.epochs, dict(upstream)
+    epochs = settings["train"].pop("epochs")
+    if experiment.sparse.from_baseline:
+        uncut_epochs += epochs
+    else:
+        del inputs["baseline"]
+    settings |= {"uncut_epochs": uncut_epochs, "cut_epochs": experiment.finetune.epochs}
+    ratio = upstream["prune"].settings["basis_points"] / 10_000
+    label = f"{kind} {ratio:g}{of_seed(experiment, seed)}"
+    return Stage(kind, label, settings, inputs, VERSIONS[kind])
 
 
 def measure_stage(model: Manifest) -> Stage:
@@ -101,8 +147,8 @@ def measure_stage(model: Manifest) -> Stage:
     return Stage("measure", f"measure {model.label}", {}, {"model": model}, VERSIONS["measure"])
 
 
-def _training(experiment: Experiment, section: TrainSettings) -> dict[str, Any]:
-    return {"seed": experiment.seed, "train": _dump(section)}
+def _training(section: TrainSettings, seed: int) -> dict[str, Any]:
+    return {"seed": seed, "train": _dump(section)}
 
 
 def _dump(settings: Settings) -> dict[str, Any]:

@@ -6,14 +6,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from crnn.errors import SettingsError
 from crnn.settings import BaselineSettings, DataSettings, ModelSettings, Settings, TrainSettings
 from pruning.settings import PruneSettings, SparseSettings
 
+
+def _sorted_basis_points(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    for ratio in ratios:
+        if abs(ratio * 10_000 - round(ratio * 10_000)) > 1e-6:
+            raise ValueError(f"a ratio has at most four decimals; {ratio} has more")
+    return tuple(sorted({round(ratio, 4) for ratio in ratios}))
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("each seed is given once")
+    return seeds
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+Ratios = Annotated[tuple[Ratio, ...], AfterValidator(_sorted_basis_points)]
 
 
 class ExecutionSettings(Settings):
@@ -23,24 +40,47 @@ class ExecutionSettings(Settings):
     loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
 
 
+class ControlSettings(Settings):
+    """Networks to compare with, that get the multiply-adds of the slimming path without slimming.
+
+    Attributes:
+        scratch: The architecture of a cut, from fresh weights.
+        small: An uncut network with about as many parameters as the cut one.
+        ratios: Those of the experiment's ratios that get controls; None: all of them.
+    """
+
+    scratch: bool = False
+    small: bool = False
+    ratios: Ratios | None = None
+
+    def kinds(self, ratio: float) -> list[str]:
+        """The controls of a ratio, as their stages are named."""
+        wanted = self.ratios is None or ratio in self.ratios
+        return [kind for kind in ("scratch", "small") if wanted and getattr(self, kind)]
+
+
 class Experiment(Settings):
     """Everything that defines a frontier.
 
     Attributes:
         name: Of the MLflow experiment.
         seed: Of initial weights, data order, augmentation and rendered text.
+        seeds: In place of seed for all but the text: the whole way from the baseline to the
+            frontier is gone once for each, on the same data, and a point is their mean.
         ratios: Shares of the channels to remove, one point of the frontier each.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    ratios: tuple[Ratio, ...] = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
+    seed: Seed = 0
+    seeds: Seeds | None = None
+    ratios: Ratios = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
     data: DataSettings
     model: ModelSettings = ModelSettings()
     baseline: BaselineSettings
     sparse: SparseSettings
     prune: PruneSettings = PruneSettings()
     finetune: TrainSettings
+    controls: ControlSettings = ControlSettings()
     execution: ExecutionSettings = ExecutionSettings()
 
     @model_validator(mode="after")
@@ -49,13 +89,22 @@ class Experiment(Settings):
             raise ValueError("give ratios, prune.targets, or both")
         return self
 
-    @field_validator("ratios")
-    @classmethod
-    def _sorted_basis_points(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
-        for ratio in ratios:
-            if abs(ratio * 10_000 - round(ratio * 10_000)) > 1e-6:
-                raise ValueError(f"a ratio has at most four decimals; {ratio} has more")
-        return tuple(sorted({round(ratio, 4) for ratio in ratios}))
+    @model_validator(mode="after")
+    def _controls_of_ratios(self) -> Self:
+        known = ", ".join(f"{ratio:g}" for ratio in self.ratios) or "none"
+        for ratio in self.controls.ratios or ():
+            if ratio not in self.ratios:
+                raise ValueError(
+                    f"controls.ratios are among the experiment's ratios ({known}); {ratio:g} is not"
+                )
+        if (self.controls.scratch or self.controls.small) and not self.ratios:
+            raise ValueError("controls belong to ratios, and this experiment has targets alone")
+        return self
+
+    @property
+    def training_seeds(self) -> tuple[int, ...]:
+        """Seeds of initial weights, data order and augmentation."""
+        return self.seeds or (self.seed,)
 
 
 def load_experiment(

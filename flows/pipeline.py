@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import math
 import os
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +17,12 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import StoppedError
-from flows import cache, children, definitions, display, project, report
+from flows import children, definitions, display, project, report
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
 from flows.flow_runs import attended
-from flows.locks import seats, single_flight
+from flows.rows import Row, mean_of_seeds, row_of
+from flows.running import Context, find_or_compute
 from flows.tracking import Tracker
 
 UI = "http://127.0.0.1:5000"
@@ -39,21 +36,6 @@ MAX_THREADS = 64
 
 
 @dataclass(frozen=True)
-class Context:
-    """What every stage of one flow run shares.
-
-    Attributes:
-        experiment: Its definition.
-        tracker: MLflow.
-        computed: Labels of the stages that were computed, the others came from the cache.
-    """
-
-    experiment: Experiment
-    tracker: Tracker
-    computed: list[str]
-
-
-@dataclass(frozen=True)
 class Frontier:
     """A finished sweep.
 
@@ -64,30 +46,10 @@ class Frontier:
         report: Folder of its tables and plots.
     """
 
-    rows: list[report.Row]
+    rows: list[Row]
     computed: list[str]
     sweep_run: str | None
     report: Path
-
-
-def parallel_finetunes(experiment: Experiment) -> int:
-    """How many cut networks are trained side by side.
-
-    A small network cannot keep several cores busy, so each gets a quarter of the machine. With
-    a GPU one at a time: that is faster than sharing it. Never more than there are cores.
-    """
-    if experiment.execution.parallel != "auto":
-        return min(experiment.execution.parallel, cores())
-    return 1 if shutil.which("nvidia-smi") else min(4, cores())
-
-
-def cores() -> int:
-    """Cores this process may use: fewer than the machine has under an affinity or a container."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return max(1, min(count or 1, int(quota) // int(period)))
-    return count or 1
 
 
 @task(cache_policy=NO_CACHE, task_run_name="data")
@@ -96,35 +58,45 @@ def data(context: Context) -> Any:
     return run_stage(context, definitions.data_stage(context.experiment))
 
 
-@task(cache_policy=NO_CACHE, task_run_name="baseline")
+@task(cache_policy=NO_CACHE, task_run_name="baseline{context.of_seed}")
 def baseline(context: Context, samples: Manifest) -> Any:
     """Train the uncut network."""
-    return run_stage(context, definitions.baseline_stage(context.experiment, samples))
+    stage = definitions.baseline_stage(context.experiment, samples, context.seed)
+    return run_stage(context, stage)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="sparse")
+@task(cache_policy=NO_CACHE, task_run_name="sparse{context.of_seed}")
 def sparse(context: Context, samples: Manifest, uncut: Manifest) -> Any:
     """Train with the sparsity penalty."""
-    return run_stage(context, definitions.sparse_stage(context.experiment, samples, uncut))
+    stage = definitions.sparse_stage(context.experiment, samples, uncut, context.seed)
+    return run_stage(context, stage)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="target {kind} {value}")
+@task(cache_policy=NO_CACHE, task_run_name="target {kind} {value}{context.of_seed}")
 def target(context: Context, thin: Manifest, kind: str, value: float) -> Any:
     """Find the ratio that meets a target."""
-    return run_stage(context, definitions.target_stage(context.experiment, thin, kind, value))
+    stage = definitions.target_stage(context.experiment, thin, kind, value, context.seed)
+    return run_stage(context, stage)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="prune {ratio}")
+@task(cache_policy=NO_CACHE, task_run_name="prune {ratio}{context.of_seed}")
 def prune(context: Context, samples: Manifest, thin: Manifest, ratio: float) -> Any:
     """Cut the channels of one ratio."""
-    stage = definitions.prune_stage(context.experiment, samples, thin, ratio)
+    stage = definitions.prune_stage(context.experiment, samples, thin, ratio, context.seed)
     return run_stage(context, stage, whole_machine=False)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="finetune {ratio}")
+@task(cache_policy=NO_CACHE, task_run_name="finetune {ratio}{context.of_seed}")
 def finetune(context: Context, samples: Manifest, pruned: Manifest, ratio: float) -> Any:
     """Train the cut network on."""
-    stage = definitions.finetune_stage(context.experiment, samples, pruned, ratio)
+    stage = definitions.finetune_stage(context.experiment, samples, pruned, ratio, context.seed)
+    return run_stage(context, stage, whole_machine=False)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="{kind} {ratio}{context.of_seed}")
+def control(context: Context, kind: str, ratio: float, upstream: dict[str, Any]) -> Any:
+    """Train a network that was not slimmed as long as one that was."""
+    stage = definitions.control_stage(context.experiment, kind, upstream, context.seed)
     return run_stage(context, stage, whole_machine=False)
 
 
@@ -152,7 +124,8 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
         UserError: A mistake in the data or the settings.
     """
     children.restart()
-    context = Context(experiment, Tracker(experiment.name, display.say), [])
+    tracker = Tracker(experiment.name, display.say)
+    context = Context(experiment, tracker, [], experiment.training_seeds[0])
     try:
         with attended():
             return _sweep(context)
@@ -169,28 +142,66 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
 
 def _sweep(context: Context) -> Frontier:
     samples = _result(data.submit(context))
+    seeds = [replace(context, seed=seed) for seed in context.experiment.training_seeds]
+    # These have the whole machine in turn; the cuts and controls of all seeds then share it.
+    begun = [(seed, _until_sparse(seed, samples)) for seed in seeds]
+    started = [(seed, _start_points(seed, upstream)) for seed, upstream in begun]
+    trained = [
+        (seed, {point: _results(stages) for point, stages in points.items()})
+        for seed, points in started
+    ]
+    # Latency needs a quiet machine: one network after another, when nothing trains any more.
+    measured = {seed.seed: _measured(seed, points) for seed, points in trained}
+    return _publish(context, _of_all_seeds(measured))
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What the points of one seed start from.
+
+    Attributes:
+        data: Of all seeds.
+        baseline: The uncut network.
+        sparse: Where the cuts are made.
+        points: Name and ratio of every cut, and the stage that found the ratio where one did.
+    """
+
+    data: Manifest
+    baseline: Manifest
+    sparse: Manifest
+    points: list[tuple[str, float, dict[str, Manifest]]]
+
+
+def _until_sparse(context: Context, samples: Manifest) -> Upstream:
     uncut = _result(baseline.submit(context, samples))
     thin = _result(sparse.submit(context, samples, uncut))
     points = _points(context, thin)
-    started = []
-    for _, ratio, _ in points:
+    return Upstream(samples, uncut, thin, points)
+
+
+def _start_points(context: Context, upstream: Upstream) -> dict[str, dict[str, Any]]:
+    """Begin the cuts and controls of one seed.
+
+    Returns:
+        By the name of the point the stages behind it, as manifests or futures of them; the last
+        makes its network.
+    """
+    samples, uncut, thin = upstream.data, upstream.baseline, upstream.sparse
+    points: dict[str, dict[str, Any]] = {"baseline": {"data": samples, "baseline": uncut}}
+    for name, ratio, wish in upstream.points:
         cutting: Any = prune.submit(context, samples, thin, ratio)
-        started.append((cutting, finetune.submit(context, samples, cutting, ratio)))
-    tuned = [(_result(cutting), _result(tuning)) for cutting, tuning in started]
-    # Latency needs a quiet machine: one network after another, when nothing trains any more.
-    cost = _result(measure.submit(context, uncut))
-    rows = [_row("baseline", uncut, cost, {"data": samples, "baseline": uncut})]
-    for (name, _, wish), (pruned, model) in zip(points, tuned, strict=True):
-        stages = {"data": samples, "sparse": thin, **wish, "prune": pruned, "finetune": model}
-        cost = _result(measure.submit(context, model))
-        rows.append(_row(name, model, cost, stages))
-    for row, best in zip(rows, report.pareto(rows), strict=True):
-        row["pareto"] = best
-    return _publish(context, rows)
+        tuning = finetune.submit(context, samples, cutting, ratio)
+        stages = {"data": samples, "sparse": thin, **wish, "prune": cutting, "finetune": tuning}
+        points[name] = stages
+        for kind in [] if wish else context.experiment.controls.kinds(ratio):
+            made_of = {"data": samples, "baseline": uncut, "prune": cutting}
+            training = control.submit(context, kind, ratio, made_of)
+            points[f"{kind} {name}"] = {**made_of, kind: training}
+    return points
 
 
 def _points(context: Context, thin: Manifest) -> list[tuple[str, float, dict[str, Manifest]]]:
-    """Name and ratio of every point, and the stage that found the ratio where one did."""
+    """Name and ratio of every cut, and the stage that found the ratio where one did."""
     experiment = context.experiment
     points: list[tuple[str, float, dict[str, Manifest]]] = [
         (f"{ratio:g}", ratio, {}) for ratio in experiment.ratios
@@ -207,35 +218,29 @@ def _result(future: PrefectFuture[Any]) -> Manifest:
     return manifest
 
 
-def _row(point: str, model: Manifest, cost: Manifest, stages: dict[str, Manifest]) -> report.Row:
-    """One point of the frontier: what was cut, what it reads, what it costs."""
-    pruned = stages.get("prune")
-    cut = {
-        "prune/ratio_requested": 0.0,
-        "prune/ratio_achieved": 0.0,
-        **({} if pruned is None else _cut_figures(pruned)),
-    }
-    wish = stages["target"].metrics if "target" in stages else {}
-    scores = {name: value for name, value in model.metrics.items() if name.startswith("val/")}
-    keys = {name: manifest.key for name, manifest in {**stages, "measure": cost}.items()}
-    checkpoint = str(model.file(model.result).relative_to(project.home()))
-    return {
-        "point": point,
-        **cut,
-        **wish,
-        **scores,
-        **cost.metrics,
-        "checkpoint": checkpoint,
-        "stages": keys,
-    }
+def _results(stages: dict[str, Any]) -> dict[str, Manifest]:
+    return {n: s if isinstance(s, Manifest) else _result(s) for n, s in stages.items()}
 
 
-def _cut_figures(pruned: Manifest) -> dict[str, float]:
-    figures = {n: v for n, v in pruned.metrics.items() if n.startswith("prune/")}
-    return {**figures, "prune/word_accuracy_untuned": pruned.metrics[report.ACCURACY]}
+def _measured(context: Context, points: dict[str, dict[str, Manifest]]) -> list[Row]:
+    """The rows of one seed."""
+    measured = []
+    for point, stages in points.items():
+        cost = _result(measure.submit(context, list(stages.values())[-1]))
+        measured.append(row_of(point, stages, cost))
+    return measured
 
 
-def _publish(context: Context, rows: list[report.Row]) -> Frontier:
+def _of_all_seeds(measured: dict[int, list[Row]]) -> list[Row]:
+    """The rows of the frontier: means over the seeds, and which of them are best."""
+    of_points = zip(*measured.values(), strict=True)
+    means = [mean_of_seeds(dict(zip(measured, point, strict=True))) for point in of_points]
+    for row, best in zip(means, report.pareto(means), strict=True):
+        row["pareto"] = best
+    return means
+
+
+def _publish(context: Context, rows: list[Row]) -> Frontier:
     """Write the report, record the sweep in MLflow, and show the table in Prefect."""
     experiment = context.experiment
     # A point that was measured anew makes another sweep: what is recorded is never changed.
@@ -243,7 +248,8 @@ def _publish(context: Context, rows: list[report.Row]) -> Frontier:
     key = f"sweep-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     folder = project.reports_folder() / experiment.name / key
     report.write_report(folder, experiment.name, rows)
-    name = f"{experiment.name} {rows[1]['point']} to {rows[-1]['point']}"
+    cuts = [row["point"] for row in rows[1:] if "control" not in row]
+    name = f"{experiment.name} {cuts[0]} to {cuts[-1]}"
     params = experiment.model_dump(mode="json", exclude={"execution"})
     sweep_run = context.tracker.sweep(name, key, rows, params, folder)
     header, cells = report.table_cells(rows)
@@ -255,7 +261,7 @@ def _publish(context: Context, rows: list[report.Row]) -> Frontier:
     return Frontier(rows, context.computed, sweep_run, folder)
 
 
-def _links(tracker: Tracker, rows: list[report.Row], sweep_run: str | None) -> str:
+def _links(tracker: Tracker, rows: list[Row], sweep_run: str | None) -> str:
     """Markdown list of the MLflow runs behind a frontier."""
     server = os.environ["MLFLOW_TRACKING_URI"]
     address = server if server.startswith("http") else UI
@@ -285,71 +291,9 @@ def run_stage(context: Context, stage: Stage, whole_machine: bool = True) -> Any
         display.say(message)
 
     try:
-        return _find_or_compute(context, stage, whole_machine, log)
+        manifest, cached = find_or_compute(context, stage, whole_machine, log)
     except StoppedError as stopped:
         return Cancelled(message=str(stopped))
-
-
-def _find_or_compute(
-    context: Context, stage: Stage, whole_machine: bool, log: Callable[[str], None]
-) -> Any:
-    with single_flight(stage.key, children.stopping, log) as lock:
-        manifest = cache.find(stage.key, log)
-        cached = manifest is not None
-        if manifest is None:
-            total = cores()
-            parallel = 1 if whole_machine else parallel_finetunes(context.experiment)
-            count = math.ceil(total / parallel)
-            with seats(count, total, children.stopping, log):
-                manifest = _compute(context, stage, count, lock)
-        context.tracker.finish(manifest)
-        shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
     if cached:
-        display.say(f"{stage.label}: cached")
         return Completed(name="Cached", message=f"verified {stage.key}", data=manifest)
-    context.computed.append(stage.label)
-    display.say(f"{stage.label}: done in {manifest.seconds:.0f} s")
     return Completed(message=stage.key, data=manifest)
-
-
-def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
-    folder = project.work_folder() / stage.key
-    folder.mkdir(parents=True, exist_ok=True)
-    context.tracker.begin(stage)
-
-    def on_event(event: children.Event) -> None:
-        display.show(stage.label, event)
-        if event["event"] == "epoch":
-            context.tracker.epochs(stage, folder / "out")
-
-    try:
-        job = _job(context.experiment, stage, cpus, folder)
-        outcome = children.run_child(job, folder, lock, on_event)
-    except BaseException as error:
-        stopped = isinstance(error, StoppedError)
-        context.tracker.interrupt(stage, "KILLED" if stopped else "FAILED")
-        raise
-    finally:
-        display.end(stage.label)
-    return cache.publish(stage, folder / "out", outcome, context.tracker.run_of(stage.key))
-
-
-def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:
-    """All a stage's process is told: settings, upstream files, and how to use the machine."""
-    return {
-        "stage": stage.name,
-        "settings": stage.settings,
-        "data": experiment.data.model_dump(mode="json"),
-        "seed": experiment.seed,
-        "ratios": experiment.ratios,
-        "prune": experiment.prune.model_dump(mode="json"),
-        "checkpoint": experiment.baseline.checkpoint,
-        "inputs": {
-            name: {"file": str(m.file(m.result).resolve()), "sha256": m.digest}
-            for name, m in stage.inputs.items()
-        },
-        "folder": str(folder),
-        "cpus": cpus,
-        "loader_workers": experiment.execution.loader_workers,
-        "parent": os.getpid(),
-    }

@@ -68,10 +68,11 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def find_sparse(experiment: Experiment) -> Manifest:
-    """The cached sparse stage of an experiment, proven."""
+    """The cached sparse stage of an experiment, of its first seed, proven."""
+    seed = experiment.training_seeds[0]
     data = _found(definitions.data_stage(experiment))
-    baseline = _found(definitions.baseline_stage(experiment, data))
-    return _found(definitions.sparse_stage(experiment, data, baseline))
+    baseline = _found(definitions.baseline_stage(experiment, data, seed))
+    return _found(definitions.sparse_stage(experiment, data, baseline, seed))
 
 
 def _found(stage: Stage) -> Manifest:

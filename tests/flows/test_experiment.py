@@ -33,6 +33,17 @@ def test_overrides_and_ratios_replace_what_the_file_says(tiny: Path) -> None:
     assert experiment.ratios == (0.5, 0.9)
 
 
+def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path) -> None:
+    every = load_experiment(tiny, ["controls.small=true"]).controls
+    assert [every.kinds(ratio) for ratio in (0.3, 0.6)] == [["small"], ["small"]]
+    named = load_experiment(tiny, ["controls={scratch: true, small: true, ratios: [0.6]}"]).controls
+    assert [named.kinds(ratio) for ratio in (0.3, 0.6)] == [[], ["scratch", "small"]]
+    assert load_experiment(tiny).controls.kinds(0.3) == []
+    targets_alone = ["ratios=[]", "prune.targets.params=9", "controls.small=true"]
+    with pytest.raises(SettingsError, match="controls belong to ratios"):
+        load_experiment(tiny, targets_alone)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -53,6 +64,12 @@ def test_overrides_and_ratios_replace_what_the_file_says(tiny: Path) -> None:
         ("seed=[", r"the value is not YAML"),
         ("prune.targets.params=0", r"prune.targets.params: .*greater than 0, not 0"),
         ("prune.targets.size=2", r"unknown key 'prune.targets.size'; did you mean 'size_mb'"),
+        ("seeds=[]", r"seeds: .*at least 1 item.*not \[\]"),
+        ("seeds=[1, 1]", r"seeds: each seed is given once, not \[1, 1\]"),
+        ("seeds=[-1]", r"greater than or equal to 0, not -1"),
+        ("controls.scrach=true", r"unknown key 'controls.scrach'; did you mean 'scratch'"),
+        ("controls.ratios=[0.3, 0.7]", r"among the experiment's ratios \(0.3, 0.6\); 0.7 is not$"),
+        ("controls.ratios=[0.12345]", r"at most four decimals"),
         ("data.train=true", r"data.train: .*not True"),
         ("sparse.method=proximal", r"which need it.*method proximal, strength None"),
         ("sparse.strength=0.1", r"for no other; method auto, strength 0.1"),

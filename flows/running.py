@@ -1,0 +1,138 @@
+"""A stage of a flow run: found in the cache, or computed in a process on its share of the cores."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from crnn.errors import StoppedError
+from flows import cache, children, definitions, display, project
+from flows.cache import Manifest, Stage
+from flows.experiment import Experiment
+from flows.locks import seats, single_flight
+from flows.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of one flow run shares.
+
+    Attributes:
+        experiment: Its definition.
+        tracker: MLflow.
+        computed: Labels of the stages that were computed, the others came from the cache.
+        seed: Of the trainings; each seed's stages have a context of their own.
+    """
+
+    experiment: Experiment
+    tracker: Tracker
+    computed: list[str]
+    seed: int
+
+    @property
+    def of_seed(self) -> str:
+        """What is behind the names of this seed's stages."""
+        return definitions.of_seed(self.experiment, self.seed)
+
+
+def parallel_finetunes(experiment: Experiment) -> int:
+    """How many cut networks are trained side by side.
+
+    A small network cannot keep several cores busy, so each gets a quarter of the machine. With
+    a GPU one at a time: that is faster than sharing it. Never more than there are cores.
+    """
+    if experiment.execution.parallel != "auto":
+        return min(experiment.execution.parallel, cores())
+    return 1 if shutil.which("nvidia-smi") else min(4, cores())
+
+
+def cores() -> int:
+    """Cores this process may use: fewer than the machine has under an affinity or a container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return max(1, min(count or 1, int(quota) // int(period)))
+    return count or 1
+
+
+def find_or_compute(
+    context: Context, stage: Stage, whole_machine: bool, log: Callable[[str], None]
+) -> tuple[Manifest, bool]:
+    """Find a stage's result, or compute it in a process of its own.
+
+    Args:
+        context: Of the flow run.
+        stage: What to compute.
+        whole_machine: It has all cores to itself; otherwise others of its kind run beside it.
+        log: Told whom it waits for, and of damaged results.
+
+    Returns:
+        The manifest, labelled as this experiment calls the stage, and whether it was cached.
+
+    Raises:
+        StoppedError: The pipeline was told to stop.
+    """
+    with single_flight(stage.key, children.stopping, log) as lock:
+        manifest = cache.find(stage.key, log)
+        cached = manifest is not None
+        if manifest is None:
+            total = cores()
+            parallel = 1 if whole_machine else parallel_finetunes(context.experiment)
+            count = math.ceil(total / parallel)
+            with seats(count, total, children.stopping, log):
+                manifest = _compute(context, stage, count, lock)
+        context.tracker.finish(manifest)
+        shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
+    if cached:
+        display.say(f"{stage.label}: cached")
+    else:
+        context.computed.append(stage.label)
+        display.say(f"{stage.label}: done in {manifest.seconds:.0f} s")
+    return replace(manifest, label=stage.label), cached
+
+
+def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
+    folder = project.work_folder() / stage.key
+    folder.mkdir(parents=True, exist_ok=True)
+    context.tracker.begin(stage)
+
+    def on_event(event: children.Event) -> None:
+        display.show(stage.label, event)
+        if event["event"] == "epoch":
+            context.tracker.epochs(stage, folder / "out")
+
+    try:
+        job = _job(context.experiment, stage, cpus, folder)
+        outcome = children.run_child(job, folder, lock, on_event)
+    except BaseException as error:
+        stopped = isinstance(error, StoppedError)
+        context.tracker.interrupt(stage, "KILLED" if stopped else "FAILED")
+        raise
+    finally:
+        display.end(stage.label)
+    return cache.publish(stage, folder / "out", outcome, context.tracker.run_of(stage.key))
+
+
+def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:
+    """All a stage's process is told: settings, upstream files, and how to use the machine."""
+    return {
+        "stage": stage.name,
+        "settings": stage.settings,
+        "data": experiment.data.model_dump(mode="json"),
+        "seed": experiment.seed,
+        "ratios": experiment.ratios,
+        "prune": experiment.prune.model_dump(mode="json"),
+        "checkpoint": experiment.baseline.checkpoint,
+        "inputs": {
+            name: {"file": str(m.file(m.result).resolve()), "sha256": m.digest}
+            for name, m in stage.inputs.items()
+        },
+        "folder": str(folder),
+        "cpus": cpus,
+        "loader_workers": experiment.execution.loader_workers,
+        "parent": os.getpid(),
+    }
