@@ -68,11 +68,11 @@ def frontier(
         )
         return
     from flows import report
+    from flows.comparison import comparisons
 
-    _print_table(
-        f"{experiment.name}: {int(result.rows[0]['val/samples'])} val lines",
-        *report.table_cells(result.rows),
-    )
+    _print_table(report.subject(experiment.name, result.rows), *report.table_cells(result.rows))
+    for sentence in comparisons(result.rows):
+        print(sentence)
     counted = (
         f"{len(result.computed)} stages computed" if result.computed else "everything was cached"
     )

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from crnn.files import write_atomic
+from flows.comparison import accuracy, comparisons
+from flows.rows import ACCURACY, Row
 
 AXES = {
     "cost/params_total": "parameters",
@@ -17,9 +19,17 @@ AXES = {
     "cost/macs": "multiply-adds of one line of 32 x 128 px",
     "cost/latency_ms": "latency of one line on one CPU thread, ms",
 }
-ACCURACY = "val/word_accuracy"
 
-Row = dict[str, Any]
+MARKS = {
+    "baseline": ("s", "square", "#1f77b4", "#b8c4d0"),
+    "slimmed": ("o", "circle", "#1f77b4", "#b8c4d0"),
+    "scratch": ("^", "triangle-up", "#ff7f0e", "#f3d3b5"),
+    "small": ("v", "triangle-down", "#2ca02c", "#c3dfc3"),
+}
+"""Marker in matplotlib and in plotly, colour on and off the Pareto set, of each kind of network."""
+
+SPREAD = f"{ACCURACY}_std"
+"""Where there are several seeds: how far they lie apart."""
 
 
 def pareto(rows: Sequence[Row], cost: str = "cost/params_total") -> list[bool]:
@@ -50,7 +60,8 @@ def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
 
 
 def _csv(rows: Sequence[Row]) -> bytes:
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "stages"))
+    nested = ("stages", "seeds")
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in nested))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore")
     writer.writeheader()
@@ -61,7 +72,28 @@ def _csv(rows: Sequence[Row]) -> bytes:
 def _markdown(rows: Sequence[Row]) -> bytes:
     header, cells = table_cells(rows)
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines).encode()
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return (table + "".join(f"\n{sentence}\n" for sentence in comparisons(rows))).encode()
+
+
+def subject(title: str, rows: Sequence[Row]) -> str:
+    """What the accuracies were taken of."""
+    seeds = f", means of {len(rows[0]['seeds'])} seeds" if "seeds" in rows[0] else ""
+    return f"{title}: {int(rows[0]['val/samples'])} val lines{seeds}"
+
+
+def _kind(row: Row) -> str:
+    return str(row.get("control", "baseline" if row["point"] == "baseline" else "slimmed"))
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    names = {
+        "baseline": "square: baseline",
+        "scratch": "triangle up: the cut from scratch",
+        "small": "triangle down: uncut and small",
+    }
+    kinds = {_kind(row) for row in rows}
+    return "; ".join(name for kind, name in names.items() if kind in kinds)
 
 
 def _png(title: str, rows: Sequence[Row]) -> bytes:
@@ -72,8 +104,7 @@ def _png(title: str, rows: Sequence[Row]) -> bytes:
         _draw_panel(axes, rows, cost)
         axes.set(xscale="log", xlabel=name, ylabel="word accuracy, %")
         axes.grid(alpha=0.3, which="both")
-    lines = int(rows[0]["val/samples"])
-    figure.suptitle(f"{title}: {lines} val lines, 95% intervals; square: baseline; filled: Pareto")
+    figure.suptitle(f"{subject(title, rows)}, 95% intervals\n{_legend(rows)}; filled: Pareto")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -83,13 +114,14 @@ def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
     best = pareto(rows, cost)
     for row, is_best in zip(rows, best, strict=True):
         below, above = _interval(row)
+        marker, _, color, _ = MARKS[_kind(row)]
         axes.errorbar(
             row[cost],
             100 * row[ACCURACY],
             yerr=[[below], [above]],
-            fmt="s" if row["point"] == "baseline" else "o",
-            color="tab:blue",
-            mfc="tab:blue" if is_best else "white",
+            fmt=marker,
+            color=color,
+            mfc=color if is_best else "white",
             capsize=3,
             lw=1,
         )
@@ -110,7 +142,8 @@ def _html(title: str, rows: Sequence[Row]) -> bytes:
     import plotly.graph_objects as go
 
     def view(cost: str) -> dict[str, Any]:
-        colors = ["#1f77b4" if best else "#b8c4d0" for best in pareto(rows, cost)]
+        best = pareto(rows, cost)
+        colors = [MARKS[_kind(r)][2 if b else 3] for r, b in zip(rows, best, strict=True)]
         return {"x": [row[cost] for row in rows], "marker.color": colors}
 
     below, above = zip(*(_interval(row) for row in rows), strict=True)
@@ -125,7 +158,7 @@ def _html(title: str, rows: Sequence[Row]) -> bytes:
             error_y={"array": above, "arrayminus": below},
             marker={
                 "size": 11,
-                "symbol": ["square" if r["point"] == "baseline" else "circle" for r in rows],
+                "symbol": [MARKS[_kind(row)][1] for row in rows],
                 "color": first["marker.color"],
             },
         )
@@ -139,7 +172,7 @@ def _html(title: str, rows: Sequence[Row]) -> bytes:
         for cost, name in AXES.items()
     ]
     figure.update_layout(
-        title=f"{title} (dark: Pareto set; square: baseline)",
+        title=f"{title} (dark: Pareto set; {_legend(rows)})",
         xaxis={"title": {"text": AXES["cost/params_total"]}, "type": "log"},
         yaxis={"title": {"text": "word accuracy, %"}},
         updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12}],
@@ -175,6 +208,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "point",
         "cut",
         "word accuracy (95%)",
+        *(["SD of seeds"] if SPREAD in rows[0] else []),
         "unseen",
         "NED",
         "params",
@@ -185,13 +219,13 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     ]
     cells = []
     for row in rows:
-        unseen = row.get(f"{ACCURACY}_unseen")
-        low, high = row[f"{ACCURACY}_low"], row[f"{ACCURACY}_high"]
+        unseen, cut = row.get(f"{ACCURACY}_unseen"), row.get("prune/ratio_achieved")
         cells.append(
             [
                 row["point"],
-                f"{100 * row['prune/ratio_achieved']:.1f}%",
-                f"{100 * row[ACCURACY]:.1f}% ({100 * low:.1f}-{100 * high:.1f})",
+                "-" if cut is None else f"{100 * cut:.1f}%",
+                accuracy(row),
+                *([f"{100 * row[SPREAD]:.2f}"] if SPREAD in row else []),
                 "-" if unseen is None else f"{100 * unseen:.1f}%",
                 f"{row['val/ned']:.3f}",
                 f"{row['cost/params_total'] / 1e6:.3f} M",

@@ -105,6 +105,14 @@ def runs_of(project: Project, kind: str, experiment_name: str = "tiny") -> dict[
     return {run.info.run_name: run for run in found}
 
 
+def points_of(project: Project, sweep_run: str) -> dict[str, Run]:
+    """MLflow runs of the points of one sweep."""
+    client = client_of(project)
+    experiment = client.get_run(sweep_run).info.experiment_id
+    found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{sweep_run}'")
+    return {run.info.run_name: run for run in found}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
