@@ -20,9 +20,9 @@ from flows.experiment import Experiment
 VERSIONS = {
     "data": 1,
     "baseline": 1,
-    "sparse": 1,
+    "sparse": 2,
     "target": 1,
-    "prune": 1,
+    "prune": 2,
     "finetune": 1,
     "measure": 1,
 }

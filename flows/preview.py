@@ -1,5 +1,6 @@
 """Looking without computing: the data check, and what each ratio would cut."""
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -31,8 +32,8 @@ def check(experiment: Experiment) -> tuple[dict[str, dict[str, int]], list[dict[
     return {split: check.counts for split, check in checked.splits.items()}, bad
 
 
-def preview(experiment: Experiment) -> list[dict[str, Any]]:
-    """What each ratio and target would keep layer by layer, and cost, from the sparse stage.
+def preview(experiment: Experiment) -> dict[str, Any]:
+    """The verdict of the sparse stage, and what each ratio and target would keep and cost.
 
     Raises:
         UserError: The sparse stage has not been computed, or a ratio is beyond the floors.
@@ -41,6 +42,8 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
     from flows.stages.cutting import plan
     from flows.stages.targets import ratio_for
     from pruning.cost import macs, parameters
+    from pruning.gammas import absolute_gammas
+    from pruning.readiness import live_removed
     from pruning.surgery import cut
 
     index = sparse.file(sparse.result)
@@ -59,12 +62,14 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
                 "ratio": ratio,
                 "ratio_achieved": 1 - sum(widths) / sum(len(m) for m in masks),
                 "widths": widths,
+                "live_removed": live_removed(absolute_gammas(uncut.model), masks),
                 "params": parameters(model)["total"],
                 "macs": macs(model),
                 "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
             }
         )
-    return cuts
+    verdict = json.loads(sparse.file(cache.READINESS).read_text(encoding="utf-8"))
+    return {"readiness": verdict, "cuts": cuts}
 
 
 def find_sparse(experiment: Experiment) -> Manifest:

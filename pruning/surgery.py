@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crnn.checkpoint import resize
-from crnn.networks.recogniser import Recogniser
+from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
 from pruning.gammas import prunable
 
 LSTM_INPUTS = ("rnn.weight_ih_l0", "rnn.weight_ih_l0_reverse")
@@ -48,6 +48,29 @@ def cut(
     compact = Recogniser(model.settings, model.classes).to(model.head.weight.dtype)
     resize(compact, tensors)
     return compact
+
+
+def revive(model: Recogniser, masks: Sequence[Tensor]) -> None:
+    """Give kept channels that have faded something to do again, without changing the function.
+
+    Their gamma becomes the mean of their layer's, and what reads them starts at zero, as in
+    function-preserving widening (Chen et al. 2016, arXiv:1511.05641). ReLU lets no gradient
+    through where gamma and beta are zero, so that fine-tuning alone never brings them back.
+
+    Args:
+        model: Changed in place.
+        masks: As for cut.
+    """
+    tensors = model.state_dict()  # Shares its memory with the model.
+    convolutions, norms = _layers(model)
+    readers = [[f"{name}.weight"] for name in convolutions[1:]] + [list(LSTM_INPUTS)]
+    for norm, mask, names in zip(norms, masks, readers, strict=True):
+        gamma, beta = tensors[f"{norm}.weight"], tensors[f"{norm}.bias"]
+        idle = mask & (gamma == 0) & (beta == 0)
+        live = gamma[gamma != 0]
+        gamma[idle] = live.abs().mean() if len(live) else INITIAL_GAMMA
+        for name in names:
+            tensors[name][:, idle] = 0
 
 
 def _layers(model: Recogniser) -> tuple[list[str], list[str]]:

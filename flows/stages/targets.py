@@ -1,6 +1,5 @@
 """Finding the prune ratio that meets a wish for size or speed, without training."""
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,26 +54,14 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
         # As the fine-tuned network will be: the name of its stage is among its bytes.
         return COSTS[kind](replace(uncut, model=cut(uncut.model, masks), stage="finetune"))
 
-    begin = 0
-    ends = _ends(index, settings)
-    for end in ends:
-        if cost(end) <= value:
-            break
-        begin = end + 1
-    else:
-        raise SettingsError(
-            f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
-            f" {round(cost(ends[-1]), 3):,.10g}, at ratio {ends[-1] / 10_000:g}, the largest that"
-            " the floors allow"
-        )
-    # Among the cuts of one network a higher ratio never costs more.
-    found = begin + bisect_left(range(begin, end), True, key=lambda point: cost(point) <= value)
-    return found / 10_000, cost(found)
-
-
-def _ends(index: Path, settings: PruneSettings) -> list[int]:
-    """Basis points of the highest ratio that is cut from each network of a sparse stage."""
     uncut, _ = plan(index, 0, settings)
     highest = round(10_000 * largest_ratio(absolute_gammas(uncut.model), settings))
-    starts = [entry["zeros"] for entry in json.loads(index.read_text(encoding="utf-8"))]
-    return sorted({start - 1 for start in starts if 0 < start <= highest} | {highest})
+    if cost(highest) > value:
+        raise SettingsError(
+            f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
+            f" {round(cost(highest), 3):,.10g}, at ratio {highest / 10_000:g}, the largest that"
+            " the floors allow"
+        )
+    # A higher ratio keeps a subset of the channels, and never costs more.
+    found = bisect_left(range(highest), True, key=lambda point: cost(point) <= value)
+    return found / 10_000, cost(found)

@@ -10,7 +10,7 @@ from crnn.training import Run, fit, start
 from pruning.cost import latency_ms, parameters
 from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
 from pruning.settings import SparseSettings
-from pruning.sparsity import Auto, Proximal, Subgradient, penalty_of
+from pruning.sparsity import FLOOR, Proximal, Subgradient, penalty_of
 from tests.conftest import random_recogniser
 
 
@@ -82,14 +82,19 @@ def test_auto_reaches_its_target_in_exact_zeros_and_leaves_every_layer_its_floor
     torch.manual_seed(0)
     model = Recogniser(ModelSettings(width=width, hidden=4), lines.charset.classes)
     settings = SparseSettings(epochs=16, batch_size=4, target_ratio=target)
-    fit(start(model, settings, 0), lines, settings, penalty_of(settings))
+    run = start(model, settings, 0)
+    fit(run, lines, settings, penalty_of(settings))
     gammas = absolute_gammas(model)
-    floors = [max(1, math.ceil(Auto.FLOOR * len(g))) for g in gammas]
+    floors = [max(1, math.ceil(FLOOR * len(g))) for g in gammas]
     reachable = 1 - sum(floors) / sum(len(g) for g in gammas)
     assert share_zero(model) >= 0.99 * min(target, reachable)
     assert share_zero(model) <= target
     for gamma, floor in zip(gammas, floors, strict=True):
         assert (gamma > 0).sum() >= floor
+    dead = torch.cat(gammas) == 0
+    assert (torch.cat([layer.bias for layer in prunable(model).values()])[dead] == 0).all()
+    assert run.memory["deaths"][dead].sort().values.tolist() == list(range(1, int(dead.sum()) + 1))
+    assert (run.memory["deaths"][~dead] == 0).all()
 
 
 def test_auto_takes_the_channels_that_matter_least(lines: Lines) -> None:
