@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from crnn.networks.recogniser import INITIAL_GAMMA
 from crnn.training import Penalty, Run
 from pruning.gammas import prunable
 from pruning.settings import SparseSettings
@@ -67,8 +68,8 @@ class Auto(Penalty):
     RAMP = 0.7
     """Share of the stage over which channels are driven to zero."""
 
-    SHRINK = 3e-3
-    """Taken off |gamma| each step, at least: about 200 steps from a usual scale to zero."""
+    FADE = 0.05
+    """Share of the stage in which a channel with the initial gamma fades to zero, at most."""
 
     OUTRUN = 3
     """Taken off in learning rates, at least: more than Adam can put back."""
@@ -90,7 +91,8 @@ class Auto(Penalty):
     def after_step(self, run: Run, learning_rate: float, progress: float) -> None:
         """Fade the channels that rank lowest now; what is left of them after the ramp goes.
 
-        run.memory["deaths"], (sum of C_i,) int64, numbers the dead in their order from 1.
+        run.memory["deaths"], (sum of C_i,) int64, numbers the dead in their order from 1;
+        run.memory["progress"] is that of the step before.
         """
         layers = prunable(run.model).values()
         sizes = [layer.num_features for layer in layers]
@@ -102,7 +104,10 @@ class Auto(Penalty):
         lowest = torch.zeros_like(dead)
         lowest[ranked.argsort(stable=True)[:count]] = True
         ramping = progress < self.RAMP
-        amount = max(self.SHRINK, self.OUTRUN * learning_rate) if ramping else math.inf
+        passed = progress - float(run.memory.get("progress", torch.tensor(progress)))
+        run.memory["progress"] = torch.tensor(progress, dtype=torch.float64)
+        fading = max(INITIAL_GAMMA * passed / self.FADE, self.OUTRUN * learning_rate)
+        amount = fading if ramping else math.inf
         for layer, dying in zip(layers, torch.split(lowest, sizes), strict=True):
             size = layer.weight.abs()
             left = torch.where(size > 0, (size - amount).clamp(min=0) / size, 0)
