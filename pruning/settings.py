@@ -13,22 +13,29 @@ class SparseSettings(TrainSettings):
     method `auto` drives target_ratio of the channels to exact zeros by itself. The others need a
     strength, s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient (the
     article took 1e-4), `proximal` shrinks |gamma| by learning rate x s after each step (start from
-    0.2).
+    0.2), `polarization` pushes small gammas to 0 and large ones to 1 in the same way. distill is
+    the weight of learning from the baseline beside the labels, 0 for not at all.
     """
 
-    method: Literal["auto", "subgradient", "proximal"] = "auto"
+    method: Literal["auto", "subgradient", "proximal", "polarization"] = "auto"
     target_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.87
     strength: Annotated[float, Field(ge=0)] | None = None
     from_baseline: bool = True
+    distill: Annotated[float, Field(ge=0)] = 1.0
 
     @model_validator(mode="after")
     def _strength_where_it_is_used(self) -> Self:
         if (self.strength is None) != (self.method == "auto"):
             raise ValueError(
-                "strength is for the methods subgradient and proximal, which need it, and for no"
-                f" other; method {self.method}, strength {self.strength}"
+                "strength is for the methods subgradient, proximal and polarization, which need it,"
+                f" and for no other; method {self.method}, strength {self.strength}"
             )
         return self
+
+    @property
+    def teaching(self) -> float:
+        """Weight of the baseline's teaching; a stage that starts without it has none."""
+        return self.distill if self.from_baseline else 0.0
 
 
 class Targets(Settings):

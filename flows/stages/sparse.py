@@ -19,7 +19,7 @@ from crnn.devices import best_device
 from crnn.evaluation import evaluate
 from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
-from crnn.training import Run
+from crnn.training import Run, Teacher
 from flows.cache import MODEL, READINESS, SNAPSHOTS
 from flows.report import ACCURACY, readiness_picture
 from flows.stages.training import fresh_model, history, refuse_unreachable_ratios, train
@@ -45,7 +45,8 @@ def sparse(work: Work) -> Outcome:
     model = fresh_model(work) if given is None else load_checkpoint(work.input("baseline")).model
     refuse_unreachable_ratios(work, model)
     look = _snapshots(work) if settings.method == "auto" else None
-    run, metrics = train(work, model, settings, penalty_of(settings), look)
+    teacher = Teacher(given, settings.teaching) if given and settings.teaching else None
+    run, metrics = train(work, model, settings, penalty_of(settings), look, teacher)
     _write_index(work, run)
     verdict = readiness(run.model, settings, metrics[ACCURACY], _accuracy(work, given))
     _write_readiness(work, verdict)

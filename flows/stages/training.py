@@ -16,7 +16,7 @@ from crnn.evaluation import evaluate
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import BaselineSettings, ModelSettings, TrainSettings
-from crnn.training import Penalty, Run, fit, start
+from crnn.training import Penalty, Run, Teacher, fit, start
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL
 from flows.stages.work import Outcome, Work
@@ -73,6 +73,7 @@ def train(
     settings: TrainSettings,
     penalty: Penalty | None = None,
     look: Callable[[Run], None] | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Run, dict[str, float]]:
     """Train from the last finished epoch of this stage, or from its beginning; look each step.
 
@@ -84,6 +85,9 @@ def train(
     """
     lines, val, unseen = work.lines("train"), work.lines("val"), work.unseen()
     run = _run(work, model.to(best_device()), settings)
+    if teacher:
+        teacher.model.to(best_device()).to(memory_format=torch.channels_last)
+        run.teacher = teacher
     records = history(work.out)[: run.epoch]
 
     def scores() -> dict[str, float]:

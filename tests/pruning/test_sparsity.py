@@ -10,7 +10,7 @@ from crnn.training import Run, fit, start
 from pruning.cost import latency_ms, parameters
 from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
 from pruning.settings import SparseSettings
-from pruning.sparsity import FLOOR, Proximal, Subgradient, penalty_of
+from pruning.sparsity import FLOOR, Polarization, Proximal, Subgradient, penalty_of
 from tests.conftest import random_recogniser
 
 
@@ -28,6 +28,18 @@ def test_proximal_step_is_soft_thresholding() -> None:
     assert gamma_statistics(model)["gamma/share_zero"] > 0.05
 
 
+def test_polarization_steps_down_its_own_gradient() -> None:
+    model = random_recogniser()
+    for layer in prunable(model).values():
+        layer.weight.data.abs_().clamp_(0.05, 0.95)
+    gammas = torch.cat(absolute_gammas(model)).requires_grad_()
+    (1.2 * gammas.abs().sum() - (gammas - gammas.mean()).abs().sum()).backward()
+    assert gammas.grad is not None
+    Polarization(0.5).after_step(run_of(model), learning_rate=0.01, progress=0.5)
+    expected = gammas.detach() - 0.01 * 0.5 * gammas.grad
+    assert torch.allclose(torch.cat(absolute_gammas(model)), expected)
+
+
 def test_subgradient_adds_the_sign_to_the_gradient() -> None:
     model = random_recogniser()
     for layer in prunable(model).values():
@@ -37,7 +49,9 @@ def test_subgradient_adds_the_sign_to_the_gradient() -> None:
         assert torch.equal(layer.weight.grad, 1 + 0.25 * layer.weight.sign())
 
 
-@pytest.mark.parametrize(("method", "strength"), [("proximal", 1.0), ("subgradient", 0.1)])
+@pytest.mark.parametrize(
+    ("method", "strength"), [("proximal", 1.0), ("subgradient", 0.1), ("polarization", 5.0)]
+)
 def test_each_penalty_shrinks_the_gammas_in_training(
     lines: Lines, method: str, strength: float
 ) -> None:
