@@ -35,13 +35,14 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
     """What each ratio and target would keep layer by layer, and cost, from the sparse stage.
 
     Raises:
-        UserError: The sparse stage has not been computed, or a ratio is beyond the floors.
+        UserError: The sparse stage has not been computed, or a ratio or rank cannot be.
     """
     sparse = find_sparse(experiment)
-    from flows.stages.cutting import plan
+    from flows.stages.cutting import uncut_at
     from flows.stages.targets import ratio_for
     from pruning.cost import macs, parameters
-    from pruning.surgery import cut
+    from pruning.gammas import widths
+    from pruning.slimming import slim
 
     index = sparse.file(sparse.result)
     points = [(f"{ratio:g}", ratio) for ratio in experiment.ratios]
@@ -50,15 +51,15 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
         points.append((definitions.point_of_target(kind, value), ratio))
     cuts = []
     for point, ratio in points:
-        uncut, masks = plan(index, ratio, experiment.prune)
-        model = cut(uncut.model, masks)
-        widths = [int(mask.sum()) for mask in masks]
+        uncut = uncut_at(index, ratio).model
+        model = slim(uncut, ratio, experiment.prune)
+        kept = list(widths(model).values())
         cuts.append(
             {
                 "point": point,
                 "ratio": ratio,
-                "ratio_achieved": 1 - sum(widths) / sum(len(m) for m in masks),
-                "widths": widths,
+                "ratio_achieved": 1 - sum(kept) / sum(widths(uncut).values()),
+                "widths": kept,
                 "params": parameters(model)["total"],
                 "macs": macs(model),
                 "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),

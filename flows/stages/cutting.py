@@ -2,68 +2,39 @@
 
 from pathlib import Path
 
-from torch import Tensor
-
 from crnn.checkpoint import Checkpoint, load_checkpoint
-from crnn.data.batches import evaluation_batches, normalise
 from crnn.devices import best_device
 from crnn.evaluation import evaluate
-from crnn.networks.recogniser import Recogniser
 from flows.cache import MODEL
 from flows.stages.training import start_of_cut
 from flows.stages.work import Outcome, Work
 from pruning.cost import latency_ms, macs, parameters
-from pruning.gammas import absolute_gammas, prunable
-from pruning.selection import keep_masks
+from pruning.gammas import widths
 from pruning.settings import PruneSettings
-from pruning.surgery import cut, mean_activations
+from pruning.slimming import slim
 
 
-def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint, list[Tensor]]:
-    """The network of a sparse stage to cut at a ratio, and the keep mask of each layer.
-
-    Args:
-        index: Result file of the sparse stage.
-        ratio: Prune ratio.
-        settings: Selection rule, floors, rounding.
-
-    Raises:
-        UserError: The ratio is beyond what the floors allow.
-    """
-    uncut = load_checkpoint(start_of_cut(index, ratio))
-    return uncut, keep_masks(absolute_gammas(uncut.model), ratio, settings)
+def uncut_at(index: Path, ratio: float) -> Checkpoint:
+    """The uncut network to cut at a ratio, from the result file of the sparse stage."""
+    return load_checkpoint(start_of_cut(index, ratio))
 
 
 def prune(work: Work) -> Outcome:
-    """Cut the channels of one ratio out of the sparse network."""
+    """Cut the sparse network at one ratio."""
     settings = PruneSettings.model_validate(work.settings["prune"])
     ratio = work.settings["basis_points"] / 10_000
-    checkpoint, masks = plan(work.input("sparse"), ratio, settings)
-    uncut = checkpoint.model
-    model = cut(uncut, masks, _means(work, uncut, settings))
+    uncut = uncut_at(work.input("sparse"), ratio).model
+    model = slim(uncut, ratio, settings, work.lines("train") if settings.compensate else None)
     work.save_model(work.out / MODEL, model)
     work.write_summary(model)
-    kept = {name: int(mask.sum()) for name, mask in zip(prunable(model), masks, strict=True)}
+    kept = widths(model)
     work.write_json("widths.json", kept)
-    channels = sum(len(mask) for mask in masks)
     return MODEL, {
         "prune/ratio_requested": ratio,
-        "prune/ratio_achieved": 1 - sum(kept.values()) / channels,
+        "prune/ratio_achieved": 1 - sum(kept.values()) / sum(widths(uncut).values()),
         "prune/channels_kept": float(sum(kept.values())),
         **evaluate(model.to(best_device()), work.lines("val"), work.unseen()),
     }
-
-
-def _means(work: Work, uncut: Recogniser, settings: PruneSettings) -> list[Tensor] | None:
-    """Mean activations over a sample of the training lines, or None where they are dropped."""
-    if not settings.compensate:
-        return None
-    sample = work.lines("train").sample(settings.calibration_lines)
-    device = best_device()
-    images = (normalise(batch.images.to(device)) for batch in evaluation_batches(sample))
-    means = [mean.cpu() for mean in mean_activations(uncut.to(device), images)]
-    uncut.cpu()
-    return means
 
 
 def measure(work: Work) -> Outcome:

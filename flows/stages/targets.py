@@ -9,13 +9,13 @@ from pathlib import Path
 
 from crnn.checkpoint import Checkpoint, checkpoint_bytes
 from crnn.errors import SettingsError
-from flows.stages.cutting import plan
+from flows.stages.cutting import uncut_at
 from flows.stages.work import Outcome, Work
 from pruning.cost import latency_ms, macs, parameters
 from pruning.gammas import absolute_gammas
 from pruning.selection import largest_ratio
 from pruning.settings import PruneSettings
-from pruning.surgery import cut
+from pruning.slimming import slim
 
 COSTS: dict[str, Callable[[Checkpoint], float]] = {
     "size_mb": lambda network: len(checkpoint_bytes(network)) / 1e6,
@@ -43,17 +43,21 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
         index: Result file of a sparse stage.
         kind: Key of COSTS.
         value: Highest cost allowed.
-        settings: Selection rule, floors, rounding.
+        settings: Of the cut.
 
     Raises:
-        SettingsError: No ratio that the floors allow is cheap enough.
+        SettingsError: No ratio that the floors allow is cheap enough, or the head's rank saves
+            nothing.
     """
 
     @cache
     def cost(basis_points: int) -> float:
-        uncut, masks = plan(index, basis_points / 10_000, settings)
+        ratio = basis_points / 10_000
+        uncut = uncut_at(index, ratio)
         # As the fine-tuned network will be: the name of its stage is among its bytes.
-        return COSTS[kind](replace(uncut, model=cut(uncut.model, masks), stage="finetune"))
+        return COSTS[kind](
+            replace(uncut, model=slim(uncut.model, ratio, settings), stage="finetune")
+        )
 
     begin = 0
     ends = _ends(index, settings)
@@ -74,7 +78,7 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
 
 def _ends(index: Path, settings: PruneSettings) -> list[int]:
     """Basis points of the highest ratio that is cut from each network of a sparse stage."""
-    uncut, _ = plan(index, 0, settings)
+    uncut = uncut_at(index, 0)
     highest = round(10_000 * largest_ratio(absolute_gammas(uncut.model), settings))
     starts = [entry["zeros"] for entry in json.loads(index.read_text(encoding="utf-8"))]
     return sorted({start - 1 for start in starts if 0 < start <= highest} | {highest})

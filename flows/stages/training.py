@@ -21,8 +21,8 @@ from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL, SNAPSHOTS
 from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
-from pruning.selection import keep_masks
 from pruning.settings import PruneSettings, SparseSettings
+from pruning.slimming import slim
 from pruning.sparsity import penalty_of
 
 STATE = "state.safetensors"
@@ -34,7 +34,7 @@ SNAPSHOT_STEP = 500
 def baseline(work: Work) -> Outcome:
     """Train the uncut network, from scratch or from a checkpoint."""
     model = _given_model(work) if "checkpoint" in work.settings else _fresh_model(work)
-    _refuse_unreachable_ratios(work, model)
+    _refuse_impossible_cuts(work, model)
     work.write_summary(model)
     settings = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
     return MODEL, _train(work, model, BaselineSettings.model_validate(settings))
@@ -56,7 +56,7 @@ def sparse(work: Work) -> Outcome:
         model = load_checkpoint(work.input("baseline")).model
     else:
         model = _fresh_model(work)
-    _refuse_unreachable_ratios(work, model)
+    _refuse_impossible_cuts(work, model)
     look = _snapshots(work) if settings.method == "auto" else None
     metrics = _train(work, model, settings, penalty_of(settings), look)
     _write_index(work, share_zero(model))
@@ -100,10 +100,10 @@ def _given_model(work: Work) -> Recogniser:
     return given.model
 
 
-def _refuse_unreachable_ratios(work: Work, model: Recogniser) -> None:
-    """Before hours of training: the floors must leave room for the highest ratio."""
+def _refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
+    """Before hours of training: try the deepest cut on the network as it is."""
     settings = PruneSettings.model_validate(work.job["prune"])
-    keep_masks(absolute_gammas(model), max(work.job["ratios"], default=0), settings)
+    slim(model, max(work.job["ratios"], default=0), settings)
 
 
 def _train(

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from crnn.errors import SettingsError
-from flows.stages.cutting import plan
+from flows.stages.cutting import uncut_at
 from flows.stages.targets import COSTS, ratio_for
 from pruning.settings import PruneSettings
-from pruning.surgery import cut
+from pruning.slimming import slim
 from tests.flows.conftest import Project, copy_of
 
 Finished = tuple[Project, dict[str, Any]]
@@ -25,19 +25,28 @@ def index(finished: Finished) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["size_mb", "params", "macs"])
-@pytest.mark.parametrize("share", [0.9, 0.4, 0.2])
-def test_a_target_is_met_by_the_lowest_ratio_that_can(index: Path, kind: str, share: float) -> None:
-    settings = PruneSettings()
+@pytest.mark.parametrize(
+    ("share", "settings"),
+    [
+        (0.9, PruneSettings()),
+        (0.4, PruneSettings()),
+        (0.2, PruneSettings()),
+        (0.4, PruneSettings(lstm_ratio=0.5, head_rank=3)),
+    ],
+)
+def test_a_target_is_met_by_the_lowest_ratio_that_can(
+    index: Path, kind: str, share: float, settings: PruneSettings
+) -> None:
     _, uncut = ratio_for(index, kind, 1e12, settings)
     ratio, achieved = ratio_for(index, kind, share * uncut, settings)
-    assert achieved == cost_at(index, kind, ratio) <= share * uncut
+    assert achieved == cost_at(index, kind, ratio, settings) <= share * uncut
     lower = [ratio - step for step in (0.0001, 0.01, 0.05, 0.1) if step <= ratio]
-    assert all(cost_at(index, kind, round(r, 4)) > share * uncut for r in lower)
+    assert all(cost_at(index, kind, round(r, 4), settings) > share * uncut for r in lower)
 
 
-def cost_at(index: Path, kind: str, ratio: float) -> float:
-    uncut, masks = plan(index, ratio, PruneSettings())
-    return COSTS[kind](replace(uncut, model=cut(uncut.model, masks), stage="finetune"))
+def cost_at(index: Path, kind: str, ratio: float, settings: PruneSettings) -> float:
+    uncut = uncut_at(index, ratio)
+    return COSTS[kind](replace(uncut, model=slim(uncut.model, ratio, settings), stage="finetune"))
 
 
 def test_a_target_out_of_reach_is_refused_with_the_nearest(index: Path) -> None:
