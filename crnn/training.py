@@ -209,7 +209,7 @@ def train_step(
         settings: Schedule, precision.
         penalty: Sparsity.
     """
-    device = run.model.head.weight.device
+    device = run.model.device
     images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
     with autocast(device, settings.precision):
         logits = run.model(images)

@@ -72,7 +72,7 @@ def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest) -> 
 
 def target_stage(experiment: Experiment, sparse: Manifest, kind: str, value: float) -> Stage:
     """The ratio that meets a target."""
-    settings = {"prune": _dump(experiment.prune), "kind": kind, "value": value}
+    settings = {"prune": _pruning(experiment), "kind": kind, "value": value}
     label = f"target {point_of_target(kind, value)}"
     return Stage("target", label, settings, {"sparse": sparse}, VERSIONS["target"])
 
@@ -83,8 +83,8 @@ def point_of_target(kind: str, value: float) -> str:
 
 
 def prune_stage(experiment: Experiment, data: Manifest, sparse: Manifest, ratio: float) -> Stage:
-    """The network with the channels of one ratio cut out."""
-    settings = {"prune": _dump(experiment.prune), "basis_points": round(10_000 * ratio)}
+    """The network with the channels of one ratio, and all else that the settings say, cut out."""
+    settings = {"prune": _pruning(experiment), "basis_points": round(10_000 * ratio)}
     inputs = {"data": data, "sparse": sparse}
     return Stage("prune", f"prune {ratio:g}", settings, inputs, VERSIONS["prune"])
 
@@ -103,6 +103,13 @@ def measure_stage(model: Manifest) -> Stage:
 
 def _training(experiment: Experiment, section: TrainSettings) -> dict[str, Any]:
     return {"seed": experiment.seed, "train": _dump(section)}
+
+
+def _pruning(experiment: Experiment) -> dict[str, Any]:
+    settings = _dump(experiment.prune)
+    if not experiment.prune.lstm_ratio:
+        del settings["lstm_ratio"]  # It sets nothing there, and older keys do not have it.
+    return settings
 
 
 def _dump(settings: Settings) -> dict[str, Any]:

@@ -36,15 +36,15 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     """The verdict of the sparse stage, and what each ratio and target would keep and cost.
 
     Raises:
-        UserError: The sparse stage has not been computed, or a ratio is beyond the floors.
+        UserError: The sparse stage has not been computed, or a ratio or rank cannot be.
     """
     sparse = find_sparse(experiment)
     from flows.stages.cutting import plan
     from flows.stages.targets import ratio_for
     from pruning.cost import macs, parameters
-    from pruning.gammas import absolute_gammas
+    from pruning.gammas import absolute_gammas, widths
     from pruning.readiness import live_removed
-    from pruning.surgery import cut
+    from pruning.slimming import slim
 
     index = sparse.file(sparse.result)
     points = [(f"{ratio:g}", ratio) for ratio in experiment.ratios]
@@ -54,14 +54,14 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     cuts = []
     for point, ratio in points:
         uncut, masks = plan(index, ratio, experiment.prune)
-        model = cut(uncut.model, masks)
-        widths = [int(mask.sum()) for mask in masks]
+        model = slim(uncut.model, masks, experiment.prune)
+        kept = list(widths(model).values())
         cuts.append(
             {
                 "point": point,
                 "ratio": ratio,
-                "ratio_achieved": 1 - sum(widths) / sum(len(m) for m in masks),
-                "widths": widths,
+                "ratio_achieved": 1 - sum(kept) / sum(widths(uncut.model).values()),
+                "widths": kept,
                 "live_removed": live_removed(absolute_gammas(uncut.model), masks),
                 "params": parameters(model)["total"],
                 "macs": macs(model),

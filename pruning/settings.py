@@ -56,7 +56,11 @@ class Targets(Settings):
 
 
 class PruneSettings(Settings):
-    """Selection of channels and the cut."""
+    """Selection of channels and the cut.
+
+    lstm_ratio is the share of the hidden units that every layer and direction of the LSTM loses;
+    with a head_rank the head becomes two layers with so many numbers a frame between them.
+    """
 
     targets: Targets = Targets()
     selection: Literal["exact", "reference"] = "exact"
@@ -65,3 +69,5 @@ class PruneSettings(Settings):
     round_to: Annotated[int, Field(ge=1, le=64)] = 1
     compensate: bool = True
     calibration_lines: Annotated[int, Field(ge=1)] = 512
+    lstm_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    head_rank: Annotated[int, Field(ge=1)] | None = None

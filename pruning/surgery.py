@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from crnn.checkpoint import resize
+from crnn.checkpoint import recogniser_of
 from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
 from pruning.gammas import prunable
 
@@ -45,9 +45,7 @@ def cut(
         before = mask
     for name in LSTM_INPUTS:
         tensors[name] = tensors[name][:, before]
-    compact = Recogniser(model.settings, model.classes).to(model.head.weight.dtype)
-    resize(compact, tensors)
-    return compact
+    return recogniser_of(model.settings, model.classes, tensors)
 
 
 def revive(model: Recogniser, masks: Sequence[Tensor]) -> None:
@@ -124,5 +122,4 @@ def mean_activations(model: Recogniser, images: Iterable[Tensor]) -> list[Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    dtype = model.head.weight.dtype
-    return [(totals[i] / counts[i]).to(dtype) for i in range(len(convolutions))]
+    return [(totals[i] / counts[i]).to(model.dtype) for i in range(len(convolutions))]

@@ -22,7 +22,7 @@ from crnn.networks.recogniser import Recogniser
 from crnn.training import Run, Teacher
 from flows.cache import MODEL, READINESS, SNAPSHOTS
 from flows.report import ACCURACY, readiness_picture
-from flows.stages.training import fresh_model, history, refuse_unreachable_ratios, train
+from flows.stages.training import fresh_model, history, refuse_impossible_cuts, train
 from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import prunable
 from pruning.readiness import Readiness, readiness
@@ -43,7 +43,7 @@ def sparse(work: Work) -> Outcome:
     settings = SparseSettings.model_validate(work.settings["train"])
     given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
     model = fresh_model(work) if given is None else load_checkpoint(work.input("baseline")).model
-    refuse_unreachable_ratios(work, model)
+    refuse_impossible_cuts(work, model)
     look = _snapshots(work) if settings.method == "auto" else None
     teacher = Teacher(given, settings.teaching) if given and settings.teaching else None
     run, metrics = train(work, model, settings, penalty_of(settings), look, teacher)

@@ -14,7 +14,7 @@ from pruning.cost import latency_ms, macs, parameters
 from pruning.gammas import absolute_gammas
 from pruning.selection import largest_ratio
 from pruning.settings import PruneSettings
-from pruning.surgery import cut
+from pruning.slimming import slim
 
 COSTS: dict[str, Callable[[Checkpoint], float]] = {
     "size_mb": lambda network: len(checkpoint_bytes(network)) / 1e6,
@@ -42,17 +42,19 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
         index: Result file of a sparse stage.
         kind: Key of COSTS.
         value: Highest cost allowed.
-        settings: Selection rule, floors, rounding.
+        settings: Of the cut.
 
     Raises:
-        SettingsError: No ratio that the floors allow is cheap enough.
+        SettingsError: No ratio that the floors allow is cheap enough, or the head's rank saves
+            nothing.
     """
 
     @cache
     def cost(basis_points: int) -> float:
         uncut, masks = plan(index, basis_points / 10_000, settings)
         # As the fine-tuned network will be: the name of its stage is among its bytes.
-        return COSTS[kind](replace(uncut, model=cut(uncut.model, masks), stage="finetune"))
+        model = slim(uncut.model, masks, settings)
+        return COSTS[kind](replace(uncut, model=model, stage="finetune"))
 
     uncut, _ = plan(index, 0, settings)
     highest = round(10_000 * largest_ratio(absolute_gammas(uncut.model), settings))

@@ -23,6 +23,7 @@ from flows.stages.work import Outcome, Work
 from pruning.gammas import absolute_gammas, gamma_statistics, prunable
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
+from pruning.slimming import slim
 
 STATE = "state.safetensors"
 
@@ -30,7 +31,7 @@ STATE = "state.safetensors"
 def baseline(work: Work) -> Outcome:
     """Train the uncut network, from scratch or from a checkpoint."""
     model = _given_model(work) if "checkpoint" in work.settings else fresh_model(work)
-    refuse_unreachable_ratios(work, model)
+    refuse_impossible_cuts(work, model)
     work.write_summary(model)
     settings = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
     return MODEL, train(work, model, BaselineSettings.model_validate(settings))[1]
@@ -61,10 +62,11 @@ def _given_model(work: Work) -> Recogniser:
     return given.model
 
 
-def refuse_unreachable_ratios(work: Work, model: Recogniser) -> None:
-    """Before hours of training: the floors must leave room for the highest ratio."""
+def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
+    """Before hours of training: try the deepest cut on the network as it is."""
     settings = PruneSettings.model_validate(work.job["prune"])
-    keep_masks(absolute_gammas(model), max(work.job["ratios"], default=0), settings)
+    deepest = max(work.job["ratios"], default=0)
+    slim(model, keep_masks(absolute_gammas(model), deepest, settings), settings)
 
 
 def train(

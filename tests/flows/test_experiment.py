@@ -53,6 +53,8 @@ def test_overrides_and_ratios_replace_what_the_file_says(tiny: Path) -> None:
         ("seed=[", r"the value is not YAML"),
         ("prune.targets.params=0", r"prune.targets.params: .*greater than 0, not 0"),
         ("prune.targets.size=2", r"unknown key 'prune.targets.size'; did you mean 'size_mb'"),
+        ("prune.lstm_ratio=1", r"prune.lstm_ratio: .*less than 1, not 1"),
+        ("prune.head_rank=0", r"prune.head_rank: .*greater than or equal to 1, not 0"),
         ("data.train=true", r"data.train: .*not True"),
         ("sparse.method=proximal", r"which need it.*method proximal, strength None"),
         ("sparse.strength=0.1", r"for no other; method auto, strength 0.1"),

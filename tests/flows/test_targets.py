@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crnn.errors import SettingsError
@@ -15,7 +16,7 @@ from flows.stages.cutting import plan
 from flows.stages.targets import COSTS, ratio_for
 from pruning.gammas import absolute_gammas
 from pruning.settings import PruneSettings
-from pruning.surgery import cut
+from pruning.slimming import slim
 from tests.flows.conftest import Project, copy_of
 
 Finished = tuple[Project, dict[str, Any]]
@@ -29,19 +30,28 @@ def index(finished: Finished) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["size_mb", "params", "macs"])
-@pytest.mark.parametrize("share", [0.9, 0.4, 0.2])
-def test_a_target_is_met_by_the_lowest_ratio_that_can(index: Path, kind: str, share: float) -> None:
-    defaults = PruneSettings()
-    _, uncut = ratio_for(index, kind, 1e12, defaults)
-    ratio, achieved = ratio_for(index, kind, share * uncut, defaults)
-    assert achieved == cost_at(index, kind, ratio) <= share * uncut
+@pytest.mark.parametrize(
+    ("share", "settings"),
+    [
+        (0.9, PruneSettings()),
+        (0.4, PruneSettings()),
+        (0.2, PruneSettings()),
+        (0.4, PruneSettings(lstm_ratio=0.5, head_rank=3)),
+    ],
+)
+def test_a_target_is_met_by_the_lowest_ratio_that_can(
+    index: Path, kind: str, share: float, settings: PruneSettings
+) -> None:
+    _, uncut = ratio_for(index, kind, 1e12, settings)
+    ratio, achieved = ratio_for(index, kind, share * uncut, settings)
+    assert achieved == cost_at(index, kind, ratio, settings) <= share * uncut
     lower = [ratio - step for step in (0.0001, 0.01, 0.05, 0.1) if step <= ratio]
-    assert all(cost_at(index, kind, round(r, 4)) > share * uncut for r in lower)
+    assert all(cost_at(index, kind, round(r, 4), settings) > share * uncut for r in lower)
 
 
-def cost_at(index: Path, kind: str, ratio: float) -> float:
-    uncut, masks = plan(index, ratio, PruneSettings())
-    return COSTS[kind](replace(uncut, model=cut(uncut.model, masks), stage="finetune"))
+def cost_at(index: Path, kind: str, ratio: float, settings: PruneSettings) -> float:
+    uncut, masks = plan(index, ratio, settings)
+    return COSTS[kind](replace(uncut, model=slim(uncut.model, masks, settings), stage="finetune"))
 
 
 def test_up_to_the_target_a_cut_changes_nothing_and_starts_where_little_more_is_dead(
@@ -58,13 +68,15 @@ def test_up_to_the_target_a_cut_changes_nothing_and_starts_where_little_more_is_
         assert dead == min(zeros for zeros in there if zeros >= int(channels * ratio))
         starts.add(dead)
         with torch.inference_mode():
-            difference = cut(uncut.model, masks).eval()(images) - uncut.model(images)
+            difference = slim(uncut.model, masks, PruneSettings()).eval()(images) - uncut.model(
+                images
+            )
         assert difference.abs().max() < 1e-4
     assert len(starts) == 4, "no point is a padded copy of another"
 
 
 @given(low=st.integers(0, 9000), high=st.integers(0, 9000))
-@settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30, deadline=None)
 def test_a_higher_ratio_keeps_a_subset(index: Path, low: int, high: int) -> None:
     low, high = sorted((low, high))
     more = plan(index, low / 10_000, PruneSettings())[1]
