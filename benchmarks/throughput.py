@@ -76,7 +76,7 @@ def random_batch() -> Batch:
 
 def plain_step(model: Recogniser, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """What a loop without any care for the machine does."""
-    device = model.head.weight.device
+    device = model.device
     logits = model(normalise(batch.images.to(device)))
     frames = torch.full((LINES,), len(logits))
     targets = batch.targets.to(device)

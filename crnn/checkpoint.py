@@ -1,7 +1,8 @@
 """One safetensors file for a network, and one for a training under way. No pickle anywhere.
 
-The state dict is the architecture: a cut network is the same class with narrower layers, so
-loading builds the network from its settings and gives every layer the shape of its tensors.
+The state dict is the architecture: a cut network is the same class with narrower layers and a head
+of one layer or two, so loading builds the network from its settings, with the head that its keys
+name, and gives every layer the shape of its tensors.
 """
 
 import json
@@ -19,7 +20,7 @@ from crnn.charset import Charset
 from crnn.data.images import HEIGHT
 from crnn.errors import CheckpointError, UserError
 from crnn.files import write_atomic
-from crnn.networks.recogniser import Recogniser
+from crnn.networks.recogniser import Recogniser, two_layer_head
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import Run, start
 
@@ -75,23 +76,44 @@ def load_checkpoint(path: Path) -> Checkpoint:
         settings = ModelSettings.model_validate_json(metadata["model"])
         charset = Charset(metadata["charset"])
         max_width = int(json.loads(metadata["geometry"])["max_width"])
-        with torch.device("meta"):  # Shapes alone: absurd ones must not take memory.
-            model = Recogniser(settings, charset.classes)
-        resize(model, tensors)
+        model = recogniser_of(settings, charset.classes, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} is unusable: {error}") from error
     except (KeyError, TypeError, ValueError, ValidationError, UserError) as error:
         raise CheckpointError(f"checkpoint {path} has unusable metadata: {error!r}") from error
-    return Checkpoint(model.eval(), charset, max_width, metadata.get("stage", "?"))
+    return Checkpoint(model, charset, max_width, metadata.get("stage", "?"))
 
 
-def resize(model: Recogniser, tensors: dict[str, Tensor]) -> None:
-    """Give every layer the shapes of a state dict of the same keys, and load it.
+def recogniser_of(settings: ModelSettings, classes: int, tensors: dict[str, Tensor]) -> Recogniser:
+    """The network, in evaluation mode, whose state dict this is.
+
+    Args:
+        settings: Architecture before any cut: no layer may be wider.
+        classes: K of the head.
+        tensors: Become the network's own.
 
     Raises:
-        CheckpointError: Keys differ, a layer is wider than the settings say, or the layers do not
-            fit each other.
+        CheckpointError: Other keys than such a network has, a layer that is wider than the settings
+            say, a head of other classes, or layers that do not fit each other.
     """
+    with torch.device("meta"):  # Shapes alone: absurd ones must not take memory.
+        model = Recogniser(settings, classes)
+        if "head.0.weight" in tensors:
+            features = 2 * settings.hidden
+            model.head = two_layer_head(features, min(features, classes), classes)
+    _refuse_unfit(model, tensors)
+    for name, module in model.named_modules():
+        _resize_layer(module, _under(f"{name}.", tensors))
+    try:
+        model.rnn = _lstm_like(model.rnn, tensors["rnn.weight_ih_l0"])
+        model.load_state_dict(tensors, assign=True)
+        model.eval()(torch.zeros(1, 3, HEIGHT, 32, dtype=model.dtype))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"the layers do not fit each other ({error})") from error
+    return model
+
+
+def _refuse_unfit(model: Recogniser, tensors: dict[str, Tensor]) -> None:
     expected = model.state_dict()
     if tensors.keys() != expected.keys():
         missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
@@ -103,14 +125,12 @@ def resize(model: Recogniser, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"tensor {name} is {tuple(tensor.shape)}, at most {tuple(full.shape)} fits"
             )
-    for name, module in model.named_modules():
-        _resize_layer(module, _under(f"{name}.", tensors))
-    model.rnn = _lstm_like(model.rnn, tensors["rnn.weight_ih_l0"])
-    try:
-        model.load_state_dict(tensors, assign=True)
-        model.eval()(torch.zeros(1, 3, HEIGHT, 32, dtype=model.head.weight.dtype))
-    except RuntimeError as error:
-        raise CheckpointError(f"the layers do not fit each other ({error})") from error
+    for name in list(model.head.state_dict())[-2:]:  # Weight and bias of the last layer.
+        if len(tensors[f"head.{name}"]) != model.classes:
+            raise CheckpointError(
+                f"tensor head.{name} has {len(tensors[f'head.{name}'])} rows, but the charset makes"
+                f" {model.classes} classes"
+            )
 
 
 def _within(shape: torch.Size, largest: torch.Size) -> bool:
@@ -124,6 +144,8 @@ def _resize_layer(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         module.num_features = len(tensors["weight"])
         module.running_mean = torch.empty_like(tensors["running_mean"])
         module.running_var = torch.empty_like(tensors["running_var"])
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = tensors["weight"].shape
     else:
         return
     for name, _ in list(module.named_parameters()):
@@ -183,8 +205,7 @@ def _run_of(
         state.setdefault(int(index), {})[moment] = tensor.contiguous(memory_format=layout)
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
     run.epoch = int(metadata["epoch"])
-    device = model.head.weight.device
-    run.memory = {name: t.to(device) for name, t in _under("memory.", tensors).items()}
+    run.memory = {name: t.to(model.device) for name, t in _under("memory.", tensors).items()}
     return run
 
 

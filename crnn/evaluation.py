@@ -38,7 +38,7 @@ def frame_lengths(widths: Tensor, stride: int) -> Tensor:
 def read(model: Recogniser, batches: Iterable[Batch], charset: Charset) -> list[Reading]:
     """Read every line of the batches by greedy (best path) decoding, in float32."""
     model.eval()
-    device = model.head.weight.device
+    device = model.device
     readings = []
     for batch in batches:
         images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crnn.data.batches import Batch, Batches, Lines, normalise, training_batches
+from crnn.data.batches import (
+    Batch,
+    Batches,
+    Lines,
+    evaluation_batches,
+    normalise,
+    training_batches,
+)
 from crnn.devices import autocast
 from crnn.errors import NonFiniteLossError
 from crnn.evaluation import frame_lengths
@@ -17,6 +24,42 @@ from crnn.networks.recogniser import Recogniser
 from crnn.settings import TrainSettings
 
 Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network whose readings a run learns from beside the labels.
+
+    Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531), frame by frame: student and
+    teacher have the same stride, so that their frames are aligned.
+
+    Attributes:
+        model: In evaluation mode, on the device of the student.
+        weight: Of its loss beside the CTC loss.
+    """
+
+    model: Recogniser
+    weight: float
+
+    TEMPERATURE = 2.0
+    """Divides the logits of both, so that the teacher's second thoughts count."""
+
+    def loss(self, images: Tensor, logits: Tensor, widths: Tensor, precision: str) -> Tensor:
+        """Mean over a line's own frames of KL(teacher, student), times TEMPERATURE squared, nats.
+
+        Args:
+            images: (N, 3, 32, W), normalised.
+            logits: (T, N, K) of the student.
+            widths: (N,) of the lines, pixels.
+            precision: As in TrainSettings.
+        """
+        with torch.no_grad(), autocast(images.device, precision):
+            targets = self.model(images)
+        student, teacher = ((part / self.TEMPERATURE).log_softmax(2) for part in (logits, targets))
+        divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(2)
+        lengths = frame_lengths(widths, self.model.stride).to(logits.device)
+        own = torch.arange(len(logits), device=logits.device)[:, None] < lengths
+        return self.weight * self.TEMPERATURE**2 * divergence[own].mean()
 
 
 @dataclass
@@ -29,6 +72,7 @@ class Run:
         seed: With the epoch it fixes order and augmentation.
         epoch: Number of epochs done.
         memory: Tensors that a penalty keeps from step to step, by name.
+        teacher: Of the network, or None; no part of the checkpoint.
     """
 
     model: Recogniser
@@ -36,6 +80,7 @@ class Run:
     seed: int
     epoch: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
+    teacher: Teacher | None = None
 
 
 class Penalty:
@@ -164,11 +209,13 @@ def train_step(
         settings: Schedule, precision.
         penalty: Sparsity.
     """
-    device = run.model.head.weight.device
+    device = run.model.device
     images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
     with autocast(device, settings.precision):
         logits = run.model(images)
     loss = ctc_loss(logits, batch, run.model.stride)
+    if run.teacher:
+        loss = loss + run.teacher.loss(images, logits, batch.widths, settings.precision)
     value = float(loss.detach())
     if not math.isfinite(value):
         return value
@@ -182,6 +229,30 @@ def train_step(
     run.optimizer.step()
     penalty.after_step(run, rate, progress)
     return value
+
+
+@torch.no_grad()
+def recalibrate(model: Recogniser, lines: Lines) -> None:
+    """Estimate the BatchNorm statistics anew, as the mean over batches of unchanged lines.
+
+    As EagleEye does (Li et al. 2020, arXiv:2007.02491); weights stay as they are.
+
+    Args:
+        model: Changed in place.
+        lines: Training samples, at least a few hundred for a steady estimate.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # A plain mean over the batches.
+    model.train()
+    device = next(model.parameters()).device
+    for batch in evaluation_batches(lines):
+        model.cnn(normalise(batch.images.to(device)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
 
 
 def _non_finite(value: float, epoch: int, step: int, batch: Batch) -> NonFiniteLossError:

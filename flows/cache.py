@@ -20,6 +20,7 @@ MODEL = "model.safetensors"
 HISTORY = "history.jsonl"
 GAMMAS = "gammas"
 SNAPSHOTS = "snapshots"
+READINESS = "readiness.json"
 
 
 class DamagedError(Exception):

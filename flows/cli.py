@@ -108,11 +108,13 @@ def preview(
     experiment = _experiment(params, set, ratios)
     from flows.preview import preview as look
 
-    cuts = look(experiment)
+    seen = look(experiment)
     if as_json:
-        _print_json(cuts)
+        _print_json(seen)
         return
-    header = ["point", "cut", "params", "MACs", "size", "kept by layer"]
+    cuts, verdict = seen["cuts"], seen["readiness"]
+    print(verdict["sentence"])
+    header = ["point", "cut", "live channels cut", "params", "MACs", "size"]
     _print_table(
         f"{experiment.name}: cuts of the sparse network",
         header,
@@ -120,14 +122,29 @@ def preview(
             [
                 c["point"],
                 f"{100 * c['ratio_achieved']:.1f}%",
+                str(c["live_removed"]),
                 f"{c['params'] / 1e6:.3f} M",
                 f"{c['macs'] / 1e6:.1f} M",
                 f"{c['bytes'] / 1e6:.2f} MB",
-                " ".join(map(str, c["widths"])),
             ]
             for c in cuts
         ],
     )
+    _print_table(
+        "channels kept by layer",
+        ["layer", "of", *(c["point"] for c in cuts)],
+        [
+            [name, str(channels), *(_bar(c["widths"][layer], channels) for c in cuts)]
+            for layer, (name, channels) in enumerate(verdict["channels"].items())
+        ],
+    )
+
+
+def _bar(count: int, of: int) -> str:
+    """A count and its share as a bar of four characters."""
+    eighths = round(32 * count / of)
+    full, rest = divmod(eighths, 8)
+    return f"{'█' * full}{' ▏▎▍▌▋▊▉'[rest].strip():<{4 - full}} {count:>3}"
 
 
 @app.command()

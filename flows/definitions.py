@@ -20,9 +20,9 @@ from flows.experiment import Experiment
 VERSIONS = {
     "data": 1,
     "baseline": 1,
-    "sparse": 1,
+    "sparse": 2,
     "target": 1,
-    "prune": 1,
+    "prune": 2,
     "finetune": 1,
     "scratch": 1,
     "small": 1,
@@ -83,7 +83,7 @@ def target_stage(
     experiment: Experiment, sparse: Manifest, kind: str, value: float, seed: int
 ) -> Stage:
     """The ratio that meets a target."""
-    settings = {"prune": _dump(experiment.prune), "kind": kind, "value": value}
+    settings = {"prune": _pruning(experiment), "kind": kind, "value": value}
     label = f"target {point_of_target(kind, value)}{of_seed(experiment, seed)}"
     return Stage("target", label, settings, {"sparse": sparse}, VERSIONS["target"])
 
@@ -96,8 +96,8 @@ def point_of_target(kind: str, value: float) -> str:
 def prune_stage(
     experiment: Experiment, data: Manifest, sparse: Manifest, ratio: float, seed: int
 ) -> Stage:
-    """The network with the channels of one ratio cut out."""
-    settings = {"prune": _dump(experiment.prune), "basis_points": round(10_000 * ratio)}
+    """The network with the channels of one ratio, and all else that the settings say, cut out."""
+    settings = {"prune": _pruning(experiment), "basis_points": round(10_000 * ratio)}
     inputs = {"data": data, "sparse": sparse}
     label = f"prune {ratio:g}{of_seed(experiment, seed)}"
     return Stage("prune", label, settings, inputs, VERSIONS["prune"])
@@ -136,7 +136,11 @@ def control_stage(
         uncut_epochs += epochs
     else:
         del inputs["baseline"]
-    settings |= {"uncut_epochs": uncut_epochs, "cut_epochs": experiment.finetune.epochs}
+    settings |= {
+        "uncut_epochs": uncut_epochs,
+        "taught_epochs": experiment.sparse.epochs if experiment.sparse.teaching else 0,
+        "cut_epochs": experiment.finetune.epochs,
+    }
     ratio = upstream["prune"].settings["basis_points"] / 10_000
     label = f"{kind} {ratio:g}{of_seed(experiment, seed)}"
     return Stage(kind, label, settings, inputs, VERSIONS[kind])
@@ -149,6 +153,13 @@ def measure_stage(model: Manifest) -> Stage:
 
 def _training(section: TrainSettings, seed: int) -> dict[str, Any]:
     return {"seed": seed, "train": _dump(section)}
+
+
+def _pruning(experiment: Experiment) -> dict[str, Any]:
+    settings = _dump(experiment.prune)
+    if not experiment.prune.lstm_ratio:
+        del settings["lstm_ratio"]  # It sets nothing there, and older keys do not have it.
+    return settings
 
 
 def _dump(settings: Settings) -> dict[str, Any]:

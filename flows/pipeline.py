@@ -18,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import StoppedError
 from flows import children, definitions, display, project, report
-from flows.cache import Manifest, Stage
+from flows.cache import READINESS, Manifest, Stage
 from flows.experiment import Experiment
 from flows.flow_runs import attended
 from flows.rows import Row, mean_of_seeds, row_of
@@ -176,6 +176,7 @@ def _until_sparse(context: Context, samples: Manifest) -> Upstream:
     uncut = _result(baseline.submit(context, samples))
     thin = _result(sparse.submit(context, samples, uncut))
     points = _points(context, thin)
+    _say_what_is_free(thin, points)
     return Upstream(samples, uncut, thin, points)
 
 
@@ -211,6 +212,18 @@ def _points(context: Context, thin: Manifest) -> list[tuple[str, float, dict[str
         name = definitions.point_of_target(kind, value)
         points.append((name, found.metrics["target/ratio"], {"target": found}))
     return points
+
+
+def _say_what_is_free(thin: Manifest, points: list[tuple[str, float, dict[str, Manifest]]]) -> None:
+    """The verdict of the sparse stage, and a warning for each point beyond it."""
+    verdict = json.loads(thin.file(READINESS).read_text(encoding="utf-8"))
+    display.say(f"{thin.label}: {verdict['sentence']}")
+    for name, ratio, _ in points:
+        if ratio > verdict["free_ratio"]:
+            display.say(
+                f"{name} is beyond {verdict['free_ratio']:g}: live channels go, and what they did"
+                " is lost as far as fine-tuning does not regain it"
+            )
 
 
 def _result(future: PrefectFuture[Any]) -> Manifest:

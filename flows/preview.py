@@ -1,5 +1,6 @@
 """Looking without computing: the data check, and what each ratio would cut."""
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -31,17 +32,19 @@ def check(experiment: Experiment) -> tuple[dict[str, dict[str, int]], list[dict[
     return {split: check.counts for split, check in checked.splits.items()}, bad
 
 
-def preview(experiment: Experiment) -> list[dict[str, Any]]:
-    """What each ratio and target would keep layer by layer, and cost, from the sparse stage.
+def preview(experiment: Experiment) -> dict[str, Any]:
+    """The verdict of the sparse stage, and what each ratio and target would keep and cost.
 
     Raises:
-        UserError: The sparse stage has not been computed, or a ratio is beyond the floors.
+        UserError: The sparse stage has not been computed, or a ratio or rank cannot be.
     """
     sparse = find_sparse(experiment)
     from flows.stages.cutting import plan
     from flows.stages.targets import ratio_for
     from pruning.cost import macs, parameters
-    from pruning.surgery import cut
+    from pruning.gammas import absolute_gammas, widths
+    from pruning.readiness import live_removed
+    from pruning.slimming import slim
 
     index = sparse.file(sparse.result)
     points = [(f"{ratio:g}", ratio) for ratio in experiment.ratios]
@@ -51,20 +54,22 @@ def preview(experiment: Experiment) -> list[dict[str, Any]]:
     cuts = []
     for point, ratio in points:
         uncut, masks = plan(index, ratio, experiment.prune)
-        model = cut(uncut.model, masks)
-        widths = [int(mask.sum()) for mask in masks]
+        model = slim(uncut.model, masks, experiment.prune)
+        kept = list(widths(model).values())
         cuts.append(
             {
                 "point": point,
                 "ratio": ratio,
-                "ratio_achieved": 1 - sum(widths) / sum(len(m) for m in masks),
-                "widths": widths,
+                "ratio_achieved": 1 - sum(kept) / sum(widths(uncut.model).values()),
+                "widths": kept,
+                "live_removed": live_removed(absolute_gammas(uncut.model), masks),
                 "params": parameters(model)["total"],
                 "macs": macs(model),
                 "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
             }
         )
-    return cuts
+    verdict = json.loads(sparse.file(cache.READINESS).read_text(encoding="utf-8"))
+    return {"readiness": verdict, "cuts": cuts}
 
 
 def find_sparse(experiment: Experiment) -> Manifest:

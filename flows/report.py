@@ -5,13 +5,16 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crnn.files import write_atomic
 from flows.comparison import accuracy, comparisons
 from flows.rows import ACCURACY, Row
+
+if TYPE_CHECKING:  # The pipeline's own process does without torch.
+    from pruning.readiness import Readiness
 
 AXES = {
     "cost/params_total": "parameters",
@@ -71,9 +74,30 @@ def _csv(rows: Sequence[Row]) -> bytes:
 
 def _markdown(rows: Sequence[Row]) -> bytes:
     header, cells = table_cells(rows)
+    tables = [(header, cells), cut_cells(rows)]
+    sentences = (f"{sentence}\n" for sentence in comparisons(rows))
+    return "\n".join([*(_markdown_table(*table) for table in tables), *sentences]).encode()
+
+
+def _markdown_table(header: list[str], cells: list[list[str]]) -> str:
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *cells]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return (table + "".join(f"\n{sentence}\n" for sentence in comparisons(rows))).encode()
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cut_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of what each cut did to word accuracy."""
+    header = ["cut", "live channels cut", "before the cut", "after the cut", "fine-tuned"]
+    names = ("prune/word_accuracy_before", "prune/word_accuracy_untuned", ACCURACY)
+    cells = [
+        [
+            row["point"],
+            f"{row['prune/live_channels_removed']:.0f}",
+            *(f"{100 * row[name]:.1f}%" for name in names),
+        ]
+        for row in rows
+        if "prune/live_channels_removed" in row
+    ]
+    return header, cells
 
 
 def subject(title: str, rows: Sequence[Row]) -> str:
@@ -179,6 +203,36 @@ def _html(title: str, rows: Sequence[Row]) -> bytes:
     )
     page: str = figure.to_html(include_plotlyjs=True)
     return page.encode()
+
+
+def readiness_picture(verdict: "Readiness", epochs: Sequence[tuple[float, float]]) -> bytes:
+    """Live and dead channels of each layer, and what reading cost on the way; a PNG file.
+
+    Args:
+        verdict: On the sparse network.
+        epochs: Share of zeros and val word accuracy after each epoch, both in %.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    layers, reading = figure.subplots(1, 2)
+    names, live = list(verdict.live), list(verdict.live.values())
+    dead = [verdict.channels[name] - count for name, count in verdict.live.items()]
+    layers.barh(names, live, color="tab:blue", label="live")
+    layers.barh(names, dead, left=live, color="lightgrey", label="dead")
+    layers.invert_yaxis()
+    layers.set(xlabel="channels")
+    layers.legend()
+    reading.plot(*zip(*epochs, strict=True), "o-")
+    if verdict.baseline_accuracy is not None:
+        reading.axhline(100 * verdict.baseline_accuracy, ls="--", color="grey", label="baseline")
+        reading.legend()
+    reading.set(xlabel="zero gammas, %", ylabel="val word accuracy after each epoch, %")
+    reading.grid(alpha=0.3)
+    figure.suptitle(verdict.sentence, wrap=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def gamma_histograms(layers: dict[str, np.ndarray], title: str) -> np.ndarray:

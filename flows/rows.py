@@ -48,7 +48,8 @@ def _cut_figures(model: Manifest, pruned: Manifest | None) -> dict[str, float]:
         return {"prune/ratio_requested": 0.0, "prune/ratio_achieved": 0.0}
     figures = {n: v for n, v in pruned.metrics.items() if n.startswith("prune/")}
     if model.stage in CONTROLS:
-        return figures
+        names = ("prune/ratio_requested", "prune/ratio_achieved", "prune/channels_kept")
+        return {name: figures[name] for name in names}
     return {**figures, "prune/word_accuracy_untuned": pruned.metrics[ACCURACY]}
 
 

@@ -43,8 +43,9 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
     from flows.stages.controls import scratch, small
     from flows.stages.cutting import measure, prune
     from flows.stages.data import data
+    from flows.stages.sparse import sparse
     from flows.stages.targets import target
-    from flows.stages.training import baseline, finetune, history, sparse
+    from flows.stages.training import baseline, finetune, history
     from flows.stages.work import Work, run_timed
 
     stages = {

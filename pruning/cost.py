@@ -39,8 +39,9 @@ def macs(model: Recogniser, width: int = LINE_WIDTH) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    recurrent = sum(p.numel() for name, p in model.rnn.named_parameters() if "weight" in name)
-    return total + frames * (recurrent + model.head.weight.numel())
+    parts = (model.rnn, model.head)
+    weights = [p for part in parts for name, p in part.named_parameters() if "weight" in name]
+    return total + frames * sum(weight.numel() for weight in weights)
 
 
 @torch.inference_mode()

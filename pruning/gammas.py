@@ -14,6 +14,11 @@ def prunable(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
 
+def widths(model: nn.Module) -> dict[str, int]:
+    """Channels of every prunable layer, by its module name, in forward order."""
+    return {name: layer.num_features for name, layer in prunable(model).items()}
+
+
 def absolute_gammas(model: nn.Module) -> list[Tensor]:
     """|gamma| of every prunable layer, (C_i,) each."""
     return [layer.weight.detach().abs() for layer in prunable(model).values()]

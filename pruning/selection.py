@@ -11,7 +11,10 @@ from pruning.settings import PruneSettings
 
 
 def keep_masks(
-    gammas: Sequence[Tensor], prune_ratio: float, settings: PruneSettings
+    gammas: Sequence[Tensor],
+    prune_ratio: float,
+    settings: PruneSettings,
+    deaths: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Keep the channels whose |gamma| ranks highest across all layers.
 
@@ -24,6 +27,8 @@ def keep_masks(
         gammas: One (C_i,) tensor for each prunable BatchNorm, in forward order.
         prune_ratio: Share of all channels to remove, in [0, 1).
         settings: Selection rule, floors and rounding.
+        deaths: Numbers of the channels in the order in which their gammas became zero, from 1;
+            0 for the others. Of the dead, those that died first go first.
 
     Returns:
         One boolean (C_i,) mask for each layer; True keeps the channel. A higher ratio keeps a
@@ -35,6 +40,11 @@ def keep_masks(
     if not 0 <= prune_ratio < 1:
         raise SettingsError(f"a prune ratio lies in [0, 1); {prune_ratio} does not")
     magnitudes = [gamma.detach().abs().double().cpu() for gamma in gammas]
+    if deaths is not None:
+        magnitudes = [
+            torch.where(m > 0, m, -1 / (1 + order.cpu()))
+            for m, order in zip(magnitudes, deaths, strict=True)
+        ]
     protected = [_largest(m, _floor(len(m), settings)) for m in magnitudes]
     select = _exact if settings.selection == "exact" else _reference
     masks = [

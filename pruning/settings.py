@@ -13,22 +13,29 @@ class SparseSettings(TrainSettings):
     method `auto` drives target_ratio of the channels to exact zeros by itself. The others need a
     strength, s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient (the
     article took 1e-4), `proximal` shrinks |gamma| by learning rate x s after each step (start from
-    0.2).
+    0.2), `polarization` pushes small gammas to 0 and large ones to 1 in the same way. distill is
+    the weight of learning from the baseline beside the labels, 0 for not at all.
     """
 
-    method: Literal["auto", "subgradient", "proximal"] = "auto"
+    method: Literal["auto", "subgradient", "proximal", "polarization"] = "auto"
     target_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.87
     strength: Annotated[float, Field(ge=0)] | None = None
     from_baseline: bool = True
+    distill: Annotated[float, Field(ge=0)] = 1.0
 
     @model_validator(mode="after")
     def _strength_where_it_is_used(self) -> Self:
         if (self.strength is None) != (self.method == "auto"):
             raise ValueError(
-                "strength is for the methods subgradient and proximal, which need it, and for no"
-                f" other; method {self.method}, strength {self.strength}"
+                "strength is for the methods subgradient, proximal and polarization, which need it,"
+                f" and for no other; method {self.method}, strength {self.strength}"
             )
         return self
+
+    @property
+    def teaching(self) -> float:
+        """Weight of the baseline's teaching; a stage that starts without it has none."""
+        return self.distill if self.from_baseline else 0.0
 
 
 class Targets(Settings):
@@ -49,7 +56,11 @@ class Targets(Settings):
 
 
 class PruneSettings(Settings):
-    """Selection of channels and the cut."""
+    """Selection of channels and the cut.
+
+    lstm_ratio is the share of the hidden units that every layer and direction of the LSTM loses;
+    with a head_rank the head becomes two layers with so many numbers a frame between them.
+    """
 
     targets: Targets = Targets()
     selection: Literal["exact", "reference"] = "exact"
@@ -58,3 +69,5 @@ class PruneSettings(Settings):
     round_to: Annotated[int, Field(ge=1, le=64)] = 1
     compensate: bool = True
     calibration_lines: Annotated[int, Field(ge=1)] = 512
+    lstm_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    head_rank: Annotated[int, Field(ge=1)] | None = None

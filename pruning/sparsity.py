@@ -3,11 +3,20 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from crnn.networks.recogniser import INITIAL_GAMMA
 from crnn.training import Penalty, Run
 from pruning.gammas import prunable
 from pruning.settings import SparseSettings
+
+FLOOR = 0.06
+"""Share of a layer's channels that `auto` never drives to zero."""
+
+
+def floor_of(channels: int) -> int:
+    """How many of a layer's channels `auto` leaves alone."""
+    return max(1, math.ceil(FLOOR * channels))
 
 
 class Subgradient(Penalty):
@@ -43,25 +52,51 @@ class Proximal(Penalty):
             layer.weight.copy_(layer.weight.sign() * shrunk)
 
 
+class Polarization(Penalty):
+    """Step down s x (t x sum |gamma| - sum |gamma - mean|), gamma kept in [0, 1].
+
+    Zhuang et al. 2020 (Neuron-level Structured Pruning using Polarization Regularizer). Small
+    gammas go to 0 and large ones to 1. Deviation: the step is learning rate x s times the
+    subgradient, after the optimizer's, which under Adam would rescale it.
+    """
+
+    T = 1.2
+    """Weight of the L1 norm beside the spread; the paper takes 1.0 to 1.4."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    @torch.no_grad()
+    def after_step(self, run: Run, learning_rate: float, progress: float) -> None:
+        layers = prunable(run.model).values()
+        gammas = torch.cat([layer.weight for layer in layers])
+        away = (gammas - gammas.mean()).sign()
+        slope = self.T * gammas.sign() - away + away.mean()
+        moved = (gammas - learning_rate * self.strength * slope).clamp(0, 1)
+        for layer, gamma in zip(
+            layers, torch.split(moved, [len(m.weight) for m in layers]), strict=True
+        ):
+            layer.weight.copy_(gamma)
+
+
 class Auto(Penalty):
-    """Drive a share of the channels to exact zeros, the least important first.
+    """Fade a share of the channels to exact zeros, the least important first.
 
     The share grows on a cubic ramp (Zhu and Gupta 2017, arXiv:1710.01878) over the first part of
-    the stage, the rest lets the survivors settle. Channels rank by a running mean of
-    |gamma x d loss / d gamma|, the first-order change of the loss when the channel goes
-    (Molchanov et al. 2019, arXiv:1906.10771): |gamma| itself misleads, because a BatchNorm
-    behind the next convolution undoes any common scale of a layer. Channels in the share shrink
-    step by step and stay dead, the others are left alone, and every layer keeps a floor.
+    the stage, the rest lets the survivors settle. A channel in the share has gamma and beta
+    shrunk together, which fades what ReLU lets through and nothing else: a dead channel adds
+    nothing, not even a constant, so that cutting it changes nothing. Channels rank by a running
+    mean of |gamma x d loss / d gamma + beta x d loss / d beta|, the first-order change of the
+    loss when the channel has faded (Molchanov et al. 2019, arXiv:1906.10771): |gamma| itself
+    misleads, because a BatchNorm behind the next convolution undoes any common scale of a layer.
+    The dead stay dead, the others are left alone, and every layer keeps a floor.
     """
 
     RAMP = 0.7
     """Share of the stage over which channels are driven to zero."""
 
-    FLOOR = 0.06
-    """Share of a layer's channels that are never driven to zero."""
-
-    SHRINK = 3e-3
-    """Taken off |gamma| each step, at least: about 200 steps from a usual scale to zero."""
+    FADE = 0.05
+    """Share of the stage in which a channel with the initial gamma fades to zero, at most."""
 
     OUTRUN = 3
     """Taken off in learning rates, at least: more than Adam can put back."""
@@ -75,14 +110,17 @@ class Auto(Penalty):
     @torch.no_grad()
     def before_step(self, run: Run, learning_rate: float, progress: float) -> None:
         """Update the importance of every channel, run.memory["importance"], (sum of C_i,)."""
-        gammas = [layer.weight for layer in prunable(run.model).values()]
-        now = torch.cat([(g * g.grad).abs() for g in gammas if g.grad is not None])
+        now = torch.cat([_fading(layer) for layer in prunable(run.model).values()])
         before = run.memory.get("importance", now)
         run.memory["importance"] = self.DECAY * before + (1 - self.DECAY) * now
 
     @torch.no_grad()
     def after_step(self, run: Run, learning_rate: float, progress: float) -> None:
-        """Shrink the channels that rank lowest now; what is left of them after the ramp goes."""
+        """Fade the channels that rank lowest now; what is left of them after the ramp goes.
+
+        run.memory["deaths"], (sum of C_i,) int64, numbers the dead in their order from 1;
+        run.memory["progress"] is that of the step before.
+        """
         layers = prunable(run.model).values()
         sizes = [layer.num_features for layer in layers]
         dead = torch.cat([layer.weight == 0 for layer in layers])
@@ -93,17 +131,37 @@ class Auto(Penalty):
         lowest = torch.zeros_like(dead)
         lowest[ranked.argsort(stable=True)[:count]] = True
         ramping = progress < self.RAMP
-        amount = max(self.SHRINK, self.OUTRUN * learning_rate) if ramping else math.inf
+        passed = progress - float(run.memory.get("progress", torch.tensor(progress)))
+        run.memory["progress"] = torch.tensor(progress, dtype=torch.float64)
+        fading = max(INITIAL_GAMMA * passed / self.FADE, self.OUTRUN * learning_rate)
+        amount = fading if ramping else math.inf
         for layer, dying in zip(layers, torch.split(lowest, sizes), strict=True):
-            shrunk = layer.weight.sign() * (layer.weight.abs() - amount).clamp(min=0)
-            layer.weight.copy_(torch.where(dying, shrunk, layer.weight))
+            size = layer.weight.abs()
+            left = torch.where(size > 0, (size - amount).clamp(min=0) / size, 0)
+            layer.weight.mul_(torch.where(dying, left, 1))
+            layer.bias.mul_(torch.where(dying, left, 1))
+        self._number_the_dead(run, torch.cat([layer.weight == 0 for layer in layers]), importance)
+
+    def _number_the_dead(self, run: Run, dead: Tensor, importance: Tensor) -> None:
+        """Of those that died in the same step the least important was first."""
+        deaths = run.memory.setdefault("deaths", torch.zeros_like(dead, dtype=torch.long))
+        new = (dead & (deaths == 0)).nonzero().flatten()
+        new = new[importance[new].argsort(stable=True)]
+        deaths[new] = deaths.max() + torch.arange(1, len(new) + 1, device=deaths.device)
 
     def _protected(self, importance: Tensor) -> Tensor:
         """The layer's importance, with its floor out of reach."""
-        kept = max(1, math.ceil(self.FLOOR * len(importance)))
+        kept = floor_of(len(importance))
         raised = importance.clone()
         raised[importance.argsort(descending=True, stable=True)[:kept]] = math.inf
         return raised
+
+
+def _fading(layer: nn.BatchNorm2d) -> Tensor:
+    """First-order change of the loss if each channel's gamma and beta went to zero, (C,)."""
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
+    return (layer.weight * layer.weight.grad + layer.bias * layer.bias.grad).abs()
 
 
 def penalty_of(settings: SparseSettings) -> Penalty:
@@ -111,6 +169,5 @@ def penalty_of(settings: SparseSettings) -> Penalty:
     if settings.method == "auto":
         return Auto(settings.target_ratio)
     assert settings.strength is not None  # The settings see to it.
-    if settings.method == "proximal":
-        return Proximal(settings.strength)
-    return Subgradient(settings.strength)
+    penalties = {"proximal": Proximal, "subgradient": Subgradient, "polarization": Polarization}
+    return penalties[settings.method](settings.strength)

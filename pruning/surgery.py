@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from crnn.checkpoint import resize
-from crnn.networks.recogniser import Recogniser
+from crnn.checkpoint import recogniser_of
+from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
 from pruning.gammas import prunable
 
 LSTM_INPUTS = ("rnn.weight_ih_l0", "rnn.weight_ih_l0_reverse")
@@ -45,9 +45,30 @@ def cut(
         before = mask
     for name in LSTM_INPUTS:
         tensors[name] = tensors[name][:, before]
-    compact = Recogniser(model.settings, model.classes).to(model.head.weight.dtype)
-    resize(compact, tensors)
-    return compact
+    return recogniser_of(model.settings, model.classes, tensors)
+
+
+def revive(model: Recogniser, masks: Sequence[Tensor]) -> None:
+    """Give kept channels that have faded something to do again, without changing the function.
+
+    Their gamma becomes the mean of their layer's, and what reads them starts at zero, as in
+    function-preserving widening (Chen et al. 2016, arXiv:1511.05641). ReLU lets no gradient
+    through where gamma and beta are zero, so that fine-tuning alone never brings them back.
+
+    Args:
+        model: Changed in place.
+        masks: As for cut.
+    """
+    tensors = model.state_dict()  # Shares its memory with the model.
+    convolutions, norms = _layers(model)
+    readers = [[f"{name}.weight"] for name in convolutions[1:]] + [list(LSTM_INPUTS)]
+    for norm, mask, names in zip(norms, masks, readers, strict=True):
+        gamma, beta = tensors[f"{norm}.weight"], tensors[f"{norm}.bias"]
+        idle = mask & (gamma == 0) & (beta == 0)
+        live = gamma[gamma != 0]
+        gamma[idle] = live.abs().mean() if len(live) else INITIAL_GAMMA
+        for name in names:
+            tensors[name][:, idle] = 0
 
 
 def _layers(model: Recogniser) -> tuple[list[str], list[str]]:
@@ -101,5 +122,4 @@ def mean_activations(model: Recogniser, images: Iterable[Tensor]) -> list[Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    dtype = model.head.weight.dtype
-    return [(totals[i] / counts[i]).to(dtype) for i in range(len(convolutions))]
+    return [(totals[i] / counts[i]).to(model.dtype) for i in range(len(convolutions))]

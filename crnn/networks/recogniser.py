@@ -16,7 +16,8 @@ class Recogniser(nn.Module):
     Attributes:
         cnn: Images (N, 3, 32, W) to features (N, C, 1, T), T = W // stride.
         rnn: Two bidirectional LSTM layers over the T frames.
-        head: Features of a frame to K class logits; class 0 is the CTC blank.
+        head: Features of a frame to K class logits, class 0 is the CTC blank; one linear layer, or
+            two as two_layer_head makes them.
         stride: Pixels of image width for each frame.
     """
 
@@ -27,18 +28,38 @@ class Recogniser(nn.Module):
         self.stride = STRIDE
         self.cnn, channels = vgg13(settings.width)
         self.rnn = nn.LSTM(channels, settings.hidden, num_layers=2, bidirectional=True)
-        self.head = nn.Linear(2 * settings.hidden, classes)
+        self.head: nn.Linear | nn.Sequential = nn.Linear(2 * settings.hidden, classes)
         if not self.head.weight.is_meta:  # There torch would import its compiler, for a second.
             self.apply(initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, 32, W), float in [-1, 1], to logits (T, N, K), float32."""
-        features = self.cnn(images).squeeze(2).permute(2, 0, 1)  # (T, N, C)
+        features = self.features(images)
         with torch.autocast(features.device.type, enabled=False):
             # Recurrent sums lose digits in bf16, and this part is a small share of the time.
-            frames, _ = self.rnn(features.to(self.head.weight.dtype))
+            frames, _ = self.rnn(features.to(self.dtype))
             logits: Tensor = self.head(frames)
             return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (N, 3, 32, W) to what the LSTM reads, (T, N, C)."""
+        features: Tensor = self.cnn(images)
+        return features.squeeze(2).permute(2, 0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+
+def two_layer_head(features: int, rank: int, classes: int) -> nn.Sequential:
+    """A head of low rank: features to rank numbers, without a bias, and these to class logits."""
+    return nn.Sequential(nn.Linear(features, rank, bias=False), nn.Linear(rank, classes))
 
 
 def initialise(module: nn.Module) -> None:

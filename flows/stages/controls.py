@@ -39,12 +39,13 @@ def small(work: Work) -> Outcome:
 
 def _train_control(work: Work, pruned: Recogniser, model: Recogniser) -> dict[str, float]:
     full = _uncut(work, pruned)
-    uncut_epochs, cut_epochs = work.settings["uncut_epochs"], work.settings["cut_epochs"]
-    total = uncut_epochs * macs(full) + cut_epochs * macs(pruned)
+    # A teacher only reads: one pass more, where training is three (forward and twice backward).
+    uncut_epochs = work.settings["uncut_epochs"] + work.settings["taught_epochs"] / 3
+    total = uncut_epochs * macs(full) + work.settings["cut_epochs"] * macs(pruned)
     epochs = epochs_for(total, macs(model))
     work.write_summary(model)
     settings = TrainSettings.model_validate({**work.settings["train"], "epochs": epochs})
-    return {**train(work, model, settings), "control/epochs": float(epochs)}
+    return {**train(work, model, settings)[1], "control/epochs": float(epochs)}
 
 
 def _uncut(work: Work, pruned: Recogniser) -> Recogniser:
@@ -54,7 +55,7 @@ def _uncut(work: Work, pruned: Recogniser) -> Recogniser:
     return Recogniser(pruned.settings, pruned.classes)
 
 
-def epochs_for(total: int, macs_of_control: int) -> int:
+def epochs_for(total: float, macs_of_control: int) -> int:
     """Epochs in which a control spends what the slimming path spent, at least one.
 
     Forward multiply-adds of one line stand for the cost of training on it: the backward pass
@@ -62,7 +63,7 @@ def epochs_for(total: int, macs_of_control: int) -> int:
     what is the same for every network, such as reading and augmenting lines.
 
     Args:
-        total: Multiply-adds of the slimming path: for each of its epochs those of one line.
+        total: Multiply-adds of the slimming path: those of one line, summed over its epochs.
         macs_of_control: Multiply-adds of one line.
     """
     return max(1, round(total / macs_of_control))

@@ -5,22 +5,25 @@ from pathlib import Path
 from torch import Tensor
 
 from crnn.checkpoint import Checkpoint, load_checkpoint
-from crnn.data.batches import evaluation_batches, normalise
 from crnn.devices import best_device
 from crnn.evaluation import evaluate
-from crnn.networks.recogniser import Recogniser
 from flows.cache import MODEL
-from flows.stages.training import start_of_cut
+from flows.rows import ACCURACY
+from flows.stages.sparse import start_of_cut
 from flows.stages.work import Outcome, Work
 from pruning.cost import latency_ms, macs, parameters
-from pruning.gammas import absolute_gammas, prunable
+from pruning.gammas import absolute_gammas, widths
+from pruning.readiness import live_removed
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
-from pruning.surgery import cut, mean_activations
+from pruning.slimming import slim
+from pruning.surgery import revive
 
 
 def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint, list[Tensor]]:
     """The network of a sparse stage to cut at a ratio, and the keep mask of each layer.
+
+    Among the cuts of an auto sparse stage that of a higher ratio keeps a subset.
 
     Args:
         index: Result file of the sparse stage.
@@ -30,40 +33,33 @@ def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint
     Raises:
         UserError: The ratio is beyond what the floors allow.
     """
-    uncut = load_checkpoint(start_of_cut(index, ratio))
-    return uncut, keep_masks(absolute_gammas(uncut.model), ratio, settings)
+    path, deaths = start_of_cut(index, ratio)
+    uncut = load_checkpoint(path)
+    return uncut, keep_masks(absolute_gammas(uncut.model), ratio, settings, deaths)
 
 
 def prune(work: Work) -> Outcome:
-    """Cut the channels of one ratio out of the sparse network."""
+    """Cut the sparse network at one ratio."""
     settings = PruneSettings.model_validate(work.settings["prune"])
     ratio = work.settings["basis_points"] / 10_000
     checkpoint, masks = plan(work.input("sparse"), ratio, settings)
     uncut = checkpoint.model
-    model = cut(uncut, masks, _means(work, uncut, settings))
+    live = live_removed(absolute_gammas(uncut), masks)
+    revive(uncut, masks)
+    before = evaluate(uncut.to(best_device()), work.lines("val"), work.unseen())
+    model = slim(uncut.cpu(), masks, settings, work.lines("train") if settings.compensate else None)
     work.save_model(work.out / MODEL, model)
     work.write_summary(model)
-    kept = {name: int(mask.sum()) for name, mask in zip(prunable(model), masks, strict=True)}
+    kept = widths(model)
     work.write_json("widths.json", kept)
-    channels = sum(len(mask) for mask in masks)
     return MODEL, {
         "prune/ratio_requested": ratio,
-        "prune/ratio_achieved": 1 - sum(kept.values()) / channels,
+        "prune/ratio_achieved": 1 - sum(kept.values()) / sum(widths(uncut).values()),
         "prune/channels_kept": float(sum(kept.values())),
+        "prune/live_channels_removed": float(live),
+        "prune/word_accuracy_before": before[ACCURACY],
         **evaluate(model.to(best_device()), work.lines("val"), work.unseen()),
     }
-
-
-def _means(work: Work, uncut: Recogniser, settings: PruneSettings) -> list[Tensor] | None:
-    """Mean activations over a sample of the training lines, or None where they are dropped."""
-    if not settings.compensate:
-        return None
-    sample = work.lines("train").sample(settings.calibration_lines)
-    device = best_device()
-    images = (normalise(batch.images.to(device)) for batch in evaluation_batches(sample))
-    means = [mean.cpu() for mean in mean_activations(uncut.to(device), images)]
-    uncut.cpu()
-    return means
 
 
 def measure(work: Work) -> Outcome:

@@ -1,6 +1,5 @@
 """Finding the prune ratio that meets a wish for size or speed, without training."""
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pruning.cost import latency_ms, macs, parameters
 from pruning.gammas import absolute_gammas
 from pruning.selection import largest_ratio
 from pruning.settings import PruneSettings
-from pruning.surgery import cut
+from pruning.slimming import slim
 
 COSTS: dict[str, Callable[[Checkpoint], float]] = {
     "size_mb": lambda network: len(checkpoint_bytes(network)) / 1e6,
@@ -43,38 +42,28 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
         index: Result file of a sparse stage.
         kind: Key of COSTS.
         value: Highest cost allowed.
-        settings: Selection rule, floors, rounding.
+        settings: Of the cut.
 
     Raises:
-        SettingsError: No ratio that the floors allow is cheap enough.
+        SettingsError: No ratio that the floors allow is cheap enough, or the head's rank saves
+            nothing.
     """
 
     @cache
     def cost(basis_points: int) -> float:
         uncut, masks = plan(index, basis_points / 10_000, settings)
         # As the fine-tuned network will be: the name of its stage is among its bytes.
-        return COSTS[kind](replace(uncut, model=cut(uncut.model, masks), stage="finetune"))
+        model = slim(uncut.model, masks, settings)
+        return COSTS[kind](replace(uncut, model=model, stage="finetune"))
 
-    begin = 0
-    ends = _ends(index, settings)
-    for end in ends:
-        if cost(end) <= value:
-            break
-        begin = end + 1
-    else:
-        raise SettingsError(
-            f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
-            f" {round(cost(ends[-1]), 3):,.10g}, at ratio {ends[-1] / 10_000:g}, the largest that"
-            " the floors allow"
-        )
-    # Among the cuts of one network a higher ratio never costs more.
-    found = begin + bisect_left(range(begin, end), True, key=lambda point: cost(point) <= value)
-    return found / 10_000, cost(found)
-
-
-def _ends(index: Path, settings: PruneSettings) -> list[int]:
-    """Basis points of the highest ratio that is cut from each network of a sparse stage."""
     uncut, _ = plan(index, 0, settings)
     highest = round(10_000 * largest_ratio(absolute_gammas(uncut.model), settings))
-    starts = [entry["zeros"] for entry in json.loads(index.read_text(encoding="utf-8"))]
-    return sorted({start - 1 for start in starts if 0 < start <= highest} | {highest})
+    if cost(highest) > value:
+        raise SettingsError(
+            f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
+            f" {round(cost(highest), 3):,.10g}, at ratio {highest / 10_000:g}, the largest that"
+            " the floors allow"
+        )
+    # A higher ratio keeps a subset of the channels, and never costs more.
+    found = bisect_left(range(highest), True, key=lambda point: cost(point) <= value)
+    return found / 10_000, cost(found)

@@ -10,7 +10,7 @@ from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint, load_checkpoint, load_run, save_checkpoint, save_run
 from crnn.data.batches import Lines
 from crnn.errors import CheckpointError
-from crnn.networks.recogniser import Recogniser
+from crnn.networks.recogniser import Recogniser, two_layer_head
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import fit, start
 from pruning.gammas import absolute_gammas
@@ -21,12 +21,14 @@ from pruning.surgery import cut
 DIGITS = Charset("0123456789")
 
 
-def small(seed: int = 0) -> Recogniser:
+def small(seed: int = 0, head_rank: int | None = None) -> Recogniser:
     torch.manual_seed(seed)
     model = Recogniser(ModelSettings(width=0.1, hidden=8), DIGITS.classes).eval()
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(layer.weight, 0, 1)
+    if head_rank is not None:
+        model.head = two_layer_head(16, head_rank, DIGITS.classes)
     return model
 
 
@@ -45,6 +47,19 @@ def test_a_network_of_any_widths_comes_back_to_the_same_bits(tmp_path: Path, rat
     images = torch.randn(2, 3, 32, 64)
     with torch.inference_mode():
         assert torch.equal(model(images), loaded.model(images))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 11])
+def test_a_head_of_two_layers_comes_back_from_its_keys_alone(tmp_path: Path, rank: int) -> None:
+    model = small(head_rank=rank)
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, Checkpoint(model, DIGITS, 160, "prune"))
+    loaded = load_checkpoint(path).model
+    shapes = {n: tuple(t.shape) for n, t in loaded.head.state_dict().items()}
+    assert shapes == {"0.weight": (rank, 16), "1.weight": (11, rank), "1.bias": (11,)}
+    images = torch.randn(2, 3, 32, 64)
+    with torch.inference_mode():
+        assert torch.equal(model(images), loaded(images))
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
@@ -67,6 +82,11 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
         (lambda t, m: t.update({"head.bias": torch.zeros(10**6)}), "at most"),
         (lambda t, m: t.update({"cnn.1.weight": torch.zeros(3)}), "do not fit"),
         (lambda t, m: t.update({"cnn.0.weight": torch.zeros(0, 3, 3, 3)}), "at most"),
+        (lambda t, m: t.update({"head.weight": torch.zeros(10, 16)}), "11 classes"),
+        (lambda t, m: t.update({"head.bias": torch.zeros(1)}), "11 classes"),
+        (lambda t, m: t.update({"head.weight": torch.zeros(11, 14)}), "do not fit"),
+        (lambda t, m: t.update({"rnn.weight_ih_l0": torch.zeros(3, 51)}), "do not fit"),
+        (lambda t, m: t.update({"rnn.weight_ih_l0": torch.zeros(28, 51)}), "do not fit"),
         (lambda t, m: m.update(charset="01"), "at most"),
         (lambda t, m: m.update(charset="00"), "metadata"),
         (lambda t, m: m.update(model="{}x"), "metadata"),
@@ -74,8 +94,31 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_tampered_checkpoints_are_refused(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
-    path = tmp_path / "model.safetensors"
-    save_checkpoint(path, Checkpoint(small(), DIGITS, 160, "baseline"))
+    refuse_tampered(tmp_path / "model.safetensors", small(), change, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("head.1.bias"), "missing tensors"),
+        (lambda t, m: t.update({"head.weight": torch.zeros(11, 16)}), "unknown"),
+        (lambda t, m: t.update({"head.2.weight": torch.zeros(11, 11)}), "unknown"),
+        (lambda t, m: t.update({"head.0.weight": torch.zeros(12, 16)}), "at most"),
+        (lambda t, m: t.update({"head.0.weight": torch.zeros(10**6, 16)}), "at most"),
+        (lambda t, m: t.update({"head.0.weight": torch.zeros(0, 16)}), "at most"),
+        (lambda t, m: t.update({"head.0.weight": torch.zeros(4, 15)}), "do not fit"),
+        (lambda t, m: t.update({"head.0.weight": torch.zeros(5, 16)}), "do not fit"),
+        (lambda t, m: t.update({"head.1.weight": torch.zeros(1, 4)}), "11 classes"),
+        (lambda t, m: t.update({"head.1.bias": torch.zeros(1)}), "11 classes"),
+        (lambda t, m: m.update(charset="0123456789A"), "12 classes"),
+    ],
+)
+def test_tampered_heads_of_two_layers_are_refused(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    refuse_tampered(tmp_path / "model.safetensors", small(head_rank=4), change, message)
+
+
+def refuse_tampered(path: Path, model: Recogniser, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    save_checkpoint(path, Checkpoint(model, DIGITS, 160, "baseline"))
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -87,13 +130,16 @@ def test_tampered_checkpoints_are_refused(tmp_path: Path, change, message: str) 
         load_checkpoint(path)
 
 
-def test_a_resumed_training_ends_in_the_same_bits(tmp_path: Path, lines: Lines) -> None:
+@pytest.mark.parametrize("head_rank", [None, 3])
+def test_a_resumed_training_ends_in_the_same_bits(
+    tmp_path: Path, lines: Lines, head_rank: int | None
+) -> None:
     settings = TrainSettings(epochs=3, batch_size=8)
-    straight = start(small(), settings, seed=5)
+    straight = start(small(head_rank=head_rank), settings, seed=5)
     fit(straight, lines, settings)
 
     path = tmp_path / "state.safetensors"
-    halted = start(small(), settings, seed=5)
+    halted = start(small(head_rank=head_rank), settings, seed=5)
 
     def halt(_: dict[str, float]) -> None:
         save_run(path, halted)
@@ -102,7 +148,7 @@ def test_a_resumed_training_ends_in_the_same_bits(tmp_path: Path, lines: Lines) 
 
     with pytest.raises(InterruptedError):
         fit(halted, lines, settings, on_epoch=halt)
-    resumed = load_run(path, small(seed=9), settings)
+    resumed = load_run(path, small(9, head_rank), settings)
     assert (resumed.epoch, resumed.seed) == (2, 5)
     fit(resumed, lines, settings)
 

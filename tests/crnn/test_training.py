@@ -1,15 +1,25 @@
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from crnn.data.batches import Lines, evaluation_batches
+from crnn.data.batches import Lines, evaluation_batches, normalise
 from crnn.errors import NonFiniteLossError
 from crnn.evaluation import evaluate, read
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import AugmentSettings, ModelSettings, TrainSettings
-from crnn.training import Penalty, Run, ctc_loss, fit, learning_rate_at, start
+from crnn.training import (
+    Penalty,
+    Run,
+    Teacher,
+    ctc_loss,
+    fit,
+    learning_rate_at,
+    recalibrate,
+    start,
+)
 from tests.conftest import random_recogniser
 
 OFF = AugmentSettings(affine=0, blur=0, noise=0, contrast=0, jpeg=0)
@@ -87,3 +97,45 @@ def test_only_matrices_decay() -> None:
     gammas = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
     assert gammas
     assert gammas <= {id(p) for p in others["params"]}
+
+
+def test_a_teacher_s_loss_is_the_divergence_over_each_line_s_own_frames(lines: Lines) -> None:
+    batch = next(iter(evaluation_batches(lines, 4)))
+    images = normalise(batch.images).double()
+    student, teacher = random_recogniser(seed=1), random_recogniser(seed=2)
+    with torch.no_grad():
+        logits, targets = student(images) / 2, teacher(images) / 2
+    frames = []
+    for n, width in enumerate(batch.widths.tolist()):
+        for t in range(width // 4):
+            p, q = targets[t, n].softmax(0), logits[t, n].softmax(0)
+            frames.append((p * (p.log() - q.log())).sum())
+    expected = 3.0 * 4 * torch.stack(frames).mean()
+    found = Teacher(teacher, 3.0).loss(images, 2 * logits, batch.widths, "float32")
+    assert torch.allclose(found, expected)
+    assert Teacher(teacher, 3.0).loss(images, 2 * targets, batch.widths, "float32").abs() < 1e-12
+
+
+def test_a_student_learns_from_its_teacher_alone(lines: Lines) -> None:
+    torch.manual_seed(0)
+    model = Recogniser(ModelSettings(width=0.05, hidden=4), lines.charset.classes)
+    settings = TrainSettings(epochs=2, batch_size=8)
+    plain, taught = start(copy.deepcopy(model), settings, 0), start(model, settings, 0)
+    taught.teacher = Teacher(random_recogniser(width=0.05).float(), 1.0)
+    before = copy.deepcopy(taught.teacher.model.state_dict())
+    fit(plain, lines, settings)
+    fit(taught, lines, settings)
+    assert not torch.equal(plain.model.head.weight, taught.model.head.weight)
+    after = taught.teacher.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_recalibration_gives_the_mean_statistics_of_the_lines(lines: Lines) -> None:
+    model = random_recogniser().float()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    recalibrate(model, lines)
+    first = model.cnn[0]
+    means = [first(normalise(batch.images)).mean((0, 2, 3)) for batch in evaluation_batches(lines)]
+    assert torch.allclose(model.cnn[1].running_mean, torch.stack(means).mean(0), atol=1e-5)
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+    assert model.cnn[1].momentum == 0.1

@@ -125,15 +125,20 @@ def test_an_empty_data_set_is_refused(labelled: Project, label_folder: Path) -> 
 
 def test_preview_shows_the_cuts_the_pipeline_makes(finished: Finished) -> None:
     project, result = finished
-    cuts = json.loads(project.run("preview", str(project.params), "--json").stdout)
+    seen = json.loads(project.run("preview", str(project.params), "--json").stdout)
+    cuts = seen["cuts"]
+    assert seen["readiness"]["free_ratio"] >= 0.6, "the target of the sparse stage"
+    assert [cut["live_removed"] for cut in cuts] == [0, 0]
     for cut, row in zip(cuts, result["rows"][1:], strict=True):
         assert cut["params"] == row["cost/params_total"]
         assert cut["macs"] == row["cost/macs"]
         header = row["cost/bytes"] - cut["bytes"]
         assert 0 < header < 10_000, "a checkpoint is its tensors and a header"
         assert len(cut["widths"]) == 10
-    table = project.run("preview", str(project.params), "--ratios", "0.1,0.5").stdout
-    assert "0.5" in table
+    table = project.run("preview", str(project.params), "--ratios", "0.5,0.9").stdout
+    assert table.startswith("a cut of up to 0.6")
+    first_layer = next(line for line in table.splitlines() if " cnn.1 " in line)
+    assert first_layer.count("█") >= 2, "half the channels of a layer are two blocks of four"
 
 
 def test_preview_needs_a_sparse_stage_and_a_ratio_within_the_floors(

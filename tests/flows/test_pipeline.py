@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.flows.conftest import LONG, TINY, Project, client_of, copy_of, new_project, runs_of
@@ -73,6 +74,30 @@ def test_a_new_ratio_computes_its_own_stages_only(finished: Finished, tmp_path: 
     project = copy_of(finished, tmp_path / "copy")
     result = project.frontier("--ratios", "0.3,0.45,0.6")
     assert sorted(result["computed"]) == ["finetune 0.45", "measure finetune 0.45", "prune 0.45"]
+
+
+def test_a_smaller_lstm_and_head_go_through_every_stage(finished: Finished, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    smaller = ["--ratios", "0.3", "--set", "prune.lstm_ratio=0.5", "--set", "prune.head_rank=3"]
+    result = project.frontier(*smaller)
+    assert sorted(result["computed"]) == ["finetune 0.3", "measure finetune 0.3", "prune 0.3"]
+    row = result["rows"][1]
+    assert row["cost/params_head"] == 3 * (2 * 4 + 11) + 11
+    seen = json.loads(project.run("preview", str(project.params), *smaller, "--json").stdout)
+    assert [seen["cuts"][0][name] for name in ("params", "macs")] == [
+        row["cost/params_total"],
+        row["cost/macs"],
+    ]
+    image = tmp_path / "line.png"
+    Image.new("RGB", (96, 32), "white").save(image)
+    checkpoint = str(project.home / row["checkpoint"])
+    read = json.loads(project.run("predict", checkpoint, str(image), "--json").stdout)
+    assert [reading["image"] for reading in read["readings"]] == [str(image)]
+    useless = project.run(
+        "preview", str(project.params), *smaller, "--set", "prune.head_rank=5", code=2
+    )
+    rule = "prune.head_rank has to make the head smaller; 5 x (8 + 11) = 95 weights are no less"
+    assert rule in useless.stderr
 
 
 def test_a_damaged_stage_is_computed_again_to_the_same_bits(

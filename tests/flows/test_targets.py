@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from crnn.errors import SettingsError
 from flows.stages.cutting import plan
 from flows.stages.targets import COSTS, ratio_for
+from pruning.gammas import absolute_gammas
 from pruning.settings import PruneSettings
-from pruning.surgery import cut
+from pruning.slimming import slim
 from tests.flows.conftest import Project, copy_of
 
 Finished = tuple[Project, dict[str, Any]]
@@ -19,32 +24,71 @@ Finished = tuple[Project, dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def index(finished: Finished) -> Path:
-    """Result file of the finished sparse stage, whose snapshots are at every 5% of zeros."""
+    """Result file of the finished sparse stage, whose snapshots are at every 2% of zeros."""
     project = finished[0]
     return project.home / "stages" / project.manifests()["sparse"]["key"] / "snapshots.json"
 
 
 @pytest.mark.parametrize("kind", ["size_mb", "params", "macs"])
-@pytest.mark.parametrize("share", [0.9, 0.4, 0.2])
-def test_a_target_is_met_by_the_lowest_ratio_that_can(index: Path, kind: str, share: float) -> None:
-    settings = PruneSettings()
+@pytest.mark.parametrize(
+    ("share", "settings"),
+    [
+        (0.9, PruneSettings()),
+        (0.4, PruneSettings()),
+        (0.2, PruneSettings()),
+        (0.4, PruneSettings(lstm_ratio=0.5, head_rank=3)),
+    ],
+)
+def test_a_target_is_met_by_the_lowest_ratio_that_can(
+    index: Path, kind: str, share: float, settings: PruneSettings
+) -> None:
     _, uncut = ratio_for(index, kind, 1e12, settings)
     ratio, achieved = ratio_for(index, kind, share * uncut, settings)
-    assert achieved == cost_at(index, kind, ratio) <= share * uncut
+    assert achieved == cost_at(index, kind, ratio, settings) <= share * uncut
     lower = [ratio - step for step in (0.0001, 0.01, 0.05, 0.1) if step <= ratio]
-    assert all(cost_at(index, kind, round(r, 4)) > share * uncut for r in lower)
+    assert all(cost_at(index, kind, round(r, 4), settings) > share * uncut for r in lower)
 
 
-def cost_at(index: Path, kind: str, ratio: float) -> float:
-    uncut, masks = plan(index, ratio, PruneSettings())
-    return COSTS[kind](replace(uncut, model=cut(uncut.model, masks), stage="finetune"))
+def cost_at(index: Path, kind: str, ratio: float, settings: PruneSettings) -> float:
+    uncut, masks = plan(index, ratio, settings)
+    return COSTS[kind](replace(uncut, model=slim(uncut.model, masks, settings), stage="finetune"))
+
+
+def test_up_to_the_target_a_cut_changes_nothing_and_starts_where_little_more_is_dead(
+    index: Path,
+) -> None:
+    images = torch.randn(2, 3, 32, 64)
+    there = [network["zeros"] for network in json.loads(index.read_text())["networks"]]
+    starts = set()
+    for ratio in (0.1, 0.3, 0.45, 0.6):
+        uncut, masks = plan(index, ratio, PruneSettings())
+        channels = sum(len(mask) for mask in masks)
+        assert sum(int((~mask).sum()) for mask in masks) == int(channels * ratio)
+        dead = sum(int((g == 0).sum()) for g in absolute_gammas(uncut.model))
+        assert dead == min(zeros for zeros in there if zeros >= int(channels * ratio))
+        starts.add(dead)
+        with torch.inference_mode():
+            difference = slim(uncut.model, masks, PruneSettings()).eval()(images) - uncut.model(
+                images
+            )
+        assert difference.abs().max() < 1e-4
+    assert len(starts) == 4, "no point is a padded copy of another"
+
+
+@given(low=st.integers(0, 9000), high=st.integers(0, 9000))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_a_higher_ratio_keeps_a_subset(index: Path, low: int, high: int) -> None:
+    low, high = sorted((low, high))
+    more = plan(index, low / 10_000, PruneSettings())[1]
+    fewer = plan(index, high / 10_000, PruneSettings())[1]
+    assert all((a | ~b).all() for a, b in zip(more, fewer, strict=True))
 
 
 def test_a_target_out_of_reach_is_refused_with_the_nearest(index: Path) -> None:
-    settings = PruneSettings(min_ratio=0.5)
+    half = PruneSettings(min_ratio=0.5)
     rule = r"prune.targets.params 10 is out of reach; the nearest is [\d,]+, at ratio 0.4"
     with pytest.raises(SettingsError, match=rule):
-        ratio_for(index, "params", 10, settings)
+        ratio_for(index, "params", 10, half)
 
 
 def test_each_target_is_a_point_of_the_frontier(finished: Finished, tmp_path: Path) -> None:
@@ -59,8 +103,8 @@ def test_each_target_is_a_point_of_the_frontier(finished: Finished, tmp_path: Pa
     assert small["prune/ratio_requested"] == small["target/ratio"]
     assert "target params 40,000" in result["computed"]
     assert project.frontier(*wishes)["computed"] == []
-    cuts = json.loads(project.run("preview", str(project.params), *wishes, "--json").stdout)
-    assert [cut["params"] for cut in cuts] == [
+    seen = json.loads(project.run("preview", str(project.params), *wishes, "--json").stdout)
+    assert [cut["params"] for cut in seen["cuts"]] == [
         small["cost/params_total"],
         fast["cost/params_total"],
     ]

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from random import Random
 
 import pytest
 import torch
@@ -114,3 +115,25 @@ def test_the_error_names_the_largest_ratio_and_that_ratio_works() -> None:
 def test_ratios_outside_the_interval_are_refused(ratio: float) -> None:
     with pytest.raises(SettingsError, match=r"\[0, 1\)"):
         keep_masks([torch.rand(4)], ratio, PruneSettings())
+
+
+@given(gamma_layers, ratios, st.randoms())
+def test_of_the_dead_those_go_first_that_died_first(
+    gammas: list[Tensor], ratio: float, chance: Random
+) -> None:
+    sizes = [len(g) for g in gammas]
+    flat = torch.cat(gammas)
+    order = list(range(1, int((flat == 0).sum()) + 1))
+    chance.shuffle(order)
+    deaths = torch.zeros(len(flat), dtype=torch.long)
+    deaths[flat == 0] = torch.tensor(order, dtype=torch.long)
+    ranks = {int(i): (abs(float(flat[i])), int(deaths[i]), int(i)) for i in range(len(flat))}
+    count = len(flat) * Fraction(str(ratio)) // 1
+    gone = set(sorted(ranks, key=lambda i: ranks[i])[:count])
+    settings = PruneSettings(min_channels=1)
+    if count > len(flat) - len(gammas):
+        return
+    masks = torch.cat(keep_masks(gammas, ratio, settings, torch.split(deaths, sizes)))
+    survivors = torch.split(torch.tensor([i not in gone for i in range(len(flat))]), sizes)
+    if all(part.any() for part in survivors):  # Otherwise a floor decides.
+        assert masks.tolist() == torch.cat(survivors).tolist()

@@ -10,7 +10,7 @@ from crnn.training import Run, fit, start
 from pruning.cost import latency_ms, parameters
 from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
 from pruning.settings import SparseSettings
-from pruning.sparsity import Auto, Proximal, Subgradient, penalty_of
+from pruning.sparsity import FLOOR, Polarization, Proximal, Subgradient, penalty_of
 from tests.conftest import random_recogniser
 
 
@@ -28,6 +28,18 @@ def test_proximal_step_is_soft_thresholding() -> None:
     assert gamma_statistics(model)["gamma/share_zero"] > 0.05
 
 
+def test_polarization_steps_down_its_own_gradient() -> None:
+    model = random_recogniser()
+    for layer in prunable(model).values():
+        layer.weight.data.abs_().clamp_(0.05, 0.95)
+    gammas = torch.cat(absolute_gammas(model)).requires_grad_()
+    (1.2 * gammas.abs().sum() - (gammas - gammas.mean()).abs().sum()).backward()
+    assert gammas.grad is not None
+    Polarization(0.5).after_step(run_of(model), learning_rate=0.01, progress=0.5)
+    expected = gammas.detach() - 0.01 * 0.5 * gammas.grad
+    assert torch.allclose(torch.cat(absolute_gammas(model)), expected)
+
+
 def test_subgradient_adds_the_sign_to_the_gradient() -> None:
     model = random_recogniser()
     for layer in prunable(model).values():
@@ -37,7 +49,9 @@ def test_subgradient_adds_the_sign_to_the_gradient() -> None:
         assert torch.equal(layer.weight.grad, 1 + 0.25 * layer.weight.sign())
 
 
-@pytest.mark.parametrize(("method", "strength"), [("proximal", 1.0), ("subgradient", 0.1)])
+@pytest.mark.parametrize(
+    ("method", "strength"), [("proximal", 1.0), ("subgradient", 0.1), ("polarization", 5.0)]
+)
 def test_each_penalty_shrinks_the_gammas_in_training(
     lines: Lines, method: str, strength: float
 ) -> None:
@@ -82,14 +96,19 @@ def test_auto_reaches_its_target_in_exact_zeros_and_leaves_every_layer_its_floor
     torch.manual_seed(0)
     model = Recogniser(ModelSettings(width=width, hidden=4), lines.charset.classes)
     settings = SparseSettings(epochs=16, batch_size=4, target_ratio=target)
-    fit(start(model, settings, 0), lines, settings, penalty_of(settings))
+    run = start(model, settings, 0)
+    fit(run, lines, settings, penalty_of(settings))
     gammas = absolute_gammas(model)
-    floors = [max(1, math.ceil(Auto.FLOOR * len(g))) for g in gammas]
+    floors = [max(1, math.ceil(FLOOR * len(g))) for g in gammas]
     reachable = 1 - sum(floors) / sum(len(g) for g in gammas)
     assert share_zero(model) >= 0.99 * min(target, reachable)
     assert share_zero(model) <= target
     for gamma, floor in zip(gammas, floors, strict=True):
         assert (gamma > 0).sum() >= floor
+    dead = torch.cat(gammas) == 0
+    assert (torch.cat([layer.bias for layer in prunable(model).values()])[dead] == 0).all()
+    assert run.memory["deaths"][dead].sort().values.tolist() == list(range(1, int(dead.sum()) + 1))
+    assert (run.memory["deaths"][~dead] == 0).all()
 
 
 def test_auto_takes_the_channels_that_matter_least(lines: Lines) -> None:

@@ -10,7 +10,7 @@ from pruning.cost import parameters
 from pruning.gammas import absolute_gammas, prunable
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
-from pruning.surgery import LSTM_INPUTS, cut, mean_activations
+from pruning.surgery import LSTM_INPUTS, cut, mean_activations, revive
 from tests.conftest import random_recogniser
 
 
@@ -141,6 +141,29 @@ def border_free(
         else:
             x = module(x)
     return model.head(model.rnn(x.squeeze(2).permute(2, 0, 1))[0])
+
+
+def test_faded_channels_that_are_kept_start_again_from_the_same_function() -> None:
+    model = random_recogniser(width=0.15)
+    masks = random_masks(model, 0.5)
+    silence(model, masks)
+    images = torch.randn(2, 3, 32, 96, dtype=torch.float64)
+    with torch.inference_mode():
+        before = model(images)
+    generous = [mask | (torch.arange(len(mask)) % 3 == 0) for mask in masks]
+    revive(model, generous)
+    compact = cut(model, generous).eval()
+    assert sum(int((g == 0).sum()) for g in absolute_gammas(compact)) == 0
+    with torch.inference_mode():
+        assert (before - compact(images)).abs().max() < 1e-9
+    compact.train()(images).square().sum().backward()
+    idle = [g & ~m for g, m in zip(generous, masks, strict=True)]
+    convolutions = [m for m in compact.modules() if isinstance(m, nn.Conv2d)]
+    for index, reader in enumerate(convolutions[1:]):
+        revived = idle[index][generous[index]]
+        gradient = reader.weight.grad
+        assert gradient is not None
+        assert (gradient[:, revived].abs().sum((0, 2, 3)) > 0).all(), "they learn again"
 
 
 def test_compensation_stays_nearer_to_the_uncut_network_than_dropping() -> None:

@@ -1,0 +1,132 @@
+"""The sparse stage: training under a penalty, snapshots on the way, and whether it is ready to cut.
+
+With `auto` channels die one after another and stay dead. A network with 87% of them dead is no
+start for a cut of 62%, so the way there is kept: a snapshot each time the share of zeros passes a
+multiple of SNAPSHOT_STEP. A cut starts from the first snapshot in which all that it removes is
+dead. With the other methods channels come back, and only the last epoch counts.
+"""
+
+import json
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crnn.checkpoint import load_checkpoint
+from crnn.devices import best_device
+from crnn.evaluation import evaluate
+from crnn.files import sha256, write_atomic
+from crnn.networks.recogniser import Recogniser
+from crnn.training import Run, Teacher
+from flows.cache import MODEL, READINESS, SNAPSHOTS
+from flows.report import readiness_picture
+from flows.rows import ACCURACY
+from flows.stages.training import fresh_model, history, refuse_impossible_cuts, train
+from flows.stages.work import Outcome, Work, proven
+from pruning.gammas import prunable
+from pruning.readiness import Readiness, readiness
+from pruning.settings import SparseSettings
+from pruning.sparsity import penalty_of
+
+INDEX = "snapshots.json"
+SNAPSHOT_STEP = 0.02
+"""Share of zeros between two snapshots of a sparse stage."""
+
+
+def sparse(work: Work) -> Outcome:
+    """Train with a penalty on the BatchNorm scales, and say how far the result can be cut.
+
+    Returns:
+        The index of the snapshots and the last epoch, which start_of_cut reads, and the figures.
+    """
+    settings = SparseSettings.model_validate(work.settings["train"])
+    given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
+    model = fresh_model(work) if given is None else load_checkpoint(work.input("baseline")).model
+    refuse_impossible_cuts(work, model)
+    look = _snapshots(work) if settings.method == "auto" else None
+    teacher = Teacher(given, settings.teaching) if given and settings.teaching else None
+    run, metrics = train(work, model, settings, penalty_of(settings), look, teacher)
+    _write_index(work, run)
+    verdict = readiness(run.model, settings, metrics[ACCURACY], _accuracy(work, given))
+    _write_readiness(work, verdict)
+    figures = {"readiness/free_ratio": verdict.free_ratio}
+    return INDEX, {**metrics, **figures}
+
+
+def start_of_cut(index: Path, ratio: float) -> tuple[Path, list[Tensor]]:
+    """The network of a sparse stage to cut at a ratio: the first with all that goes dead.
+
+    Args:
+        index: Result file of the stage.
+        ratio: Prune ratio.
+
+    Returns:
+        Its checkpoint, and the order of death, (C_i,) each, as keep_masks takes it. Beyond what
+        is dead in the last one, that is the one.
+    """
+    content = json.loads(index.read_text(encoding="utf-8"))
+    deaths = [torch.tensor(layer) for layer in content["deaths"]]
+    count = int(sum(len(layer) for layer in deaths) * Decimal(str(ratio)))
+    networks = content["networks"]
+    chosen = next((n for n in networks if n["zeros"] >= count), networks[-1])
+    return proven(index.parent / str(chosen["file"]), chosen["sha256"]), deaths
+
+
+def _accuracy(work: Work, model: Recogniser | None) -> float | None:
+    """Val word accuracy of the network that the stage started from; None where it had none."""
+    if model is None:
+        return None
+    return evaluate(model.to(best_device()), work.lines("val"), set())[ACCURACY]
+
+
+def _write_readiness(work: Work, verdict: Readiness) -> None:
+    work.write_json(READINESS, vars(verdict))
+    epochs = [(100 * r["gamma/share_zero"], 100 * r[ACCURACY]) for r in history(work.out)]
+    write_atomic(work.out / "readiness.png", readiness_picture(verdict, epochs))
+
+
+def _snapshots(work: Work) -> Callable[[Run], None]:
+    """A function that saves the network where its zeros have reached the next step.
+
+    A resumed stage finds the snapshots of the epoch it repeats, which would be the same bits.
+    """
+    (work.out / SNAPSHOTS).mkdir(exist_ok=True)
+    taken = max((_zeros(path) for path in _snapshot_files(work)), default=-1)
+
+    def save_where_due(run: Run) -> None:
+        nonlocal taken
+        zeros, channels = int((run.memory["deaths"] > 0).sum()), len(run.memory["deaths"])
+        step = SNAPSHOT_STEP * channels
+        if taken < 0 or zeros // step > taken // step:
+            work.save_model(work.out / SNAPSHOTS / f"zeros-{zeros:06d}.safetensors", run.model)
+            taken = zeros
+
+    return save_where_due
+
+
+def _snapshot_files(work: Work) -> list[Path]:
+    return sorted((work.out / SNAPSHOTS).glob("zeros-*.safetensors"))
+
+
+def _zeros(snapshot: Path) -> int:
+    """Number of dead channels of a snapshot."""
+    return int(snapshot.stem.removeprefix("zeros-"))
+
+
+def _write_index(work: Work, run: Run) -> None:
+    """List snapshots and last epoch by their zeros, ascending; their digests enter later keys."""
+    sizes = [layer.num_features for layer in prunable(run.model).values()]
+    nobody = torch.zeros(sum(sizes), dtype=torch.long)
+    deaths = run.memory.get("deaths", nobody).cpu()
+    networks = [(_zeros(path), path) for path in _snapshot_files(work)]
+    networks.append((int((deaths > 0).sum()), work.out / MODEL))
+    content = {
+        "deaths": [layer.tolist() for layer in torch.split(deaths, sizes)],
+        "networks": [
+            {"zeros": zeros, "file": str(path.relative_to(work.out)), "sha256": sha256(path)}
+            for zeros, path in networks
+        ],
+    }
+    work.write_json(INDEX, content)

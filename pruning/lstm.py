@@ -1,0 +1,152 @@
+"""Cutting hidden units out of the LSTM: which go, what they added on average, and the cut itself.
+
+A unit is one number of the hidden state of one layer and direction. nn.LSTM has one hidden size,
+so every layer and direction loses as many.
+"""
+
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+
+import torch
+from torch import Tensor, nn
+
+from crnn.checkpoint import recogniser_of
+from crnn.networks.recogniser import Recogniser
+from pruning.head import head_names
+
+DIRECTIONS = ("", "_reverse")
+GATES = 4
+"""Rows of a unit in each weight and bias: input, forget, cell, output."""
+
+
+def keep_units(model: Recogniser, ratio: float) -> Tensor:
+    """Keep the hidden units of the largest magnitude in every layer and direction.
+
+    Args:
+        model: Left as it is.
+        ratio: Share of the units to remove, in [0, 1); floor(hidden x ratio) go, ties by index.
+
+    Returns:
+        Boolean (layers, 2, hidden); True keeps. A higher ratio keeps a subset of what a lower one
+        keeps.
+    """
+    sizes = magnitudes(model)
+    count = int(sizes.shape[2] * Decimal(str(ratio)))
+    return torch.ones_like(sizes, dtype=torch.bool).scatter(
+        2, sizes.argsort(dim=2, stable=True)[..., :count], False
+    )
+
+
+def magnitudes(model: Recogniser) -> Tensor:
+    """L2 norm of all weights and biases that go with each hidden unit, (layers, 2, hidden).
+
+    The groups of Intrinsic Sparse Structures (Wen et al. 2018, arXiv:1709.05027): a unit's rows of
+    the four gates, its column of the recurrent weight, and the columns of the next layer or the
+    head that read it. Deviations: biases are counted; the network was not trained with a group
+    penalty; units are ranked within their layer and direction, which all lose as many.
+    """
+    tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    layers, hidden = model.rnn.num_layers, model.rnn.hidden_size
+    squares = torch.zeros(layers, len(DIRECTIONS), hidden, dtype=torch.double)
+    for layer, direction, cell in _cells(model):
+        for part in ("weight_ih", "bias_ih", "bias_hh"):
+            rows = tensors[f"rnn.{part}_{cell}"].square().view(GATES, hidden, -1)
+            squares[layer, direction] += rows.sum((0, 2))
+        recurrent = tensors[f"rnn.weight_hh_{cell}"].square().view(GATES, hidden, hidden).sum(0)
+        # What a unit tells itself is in its row and in its column, and counts once.
+        squares[layer, direction] += recurrent.sum(0) + recurrent.sum(1) - recurrent.diagonal()
+    for layer in range(layers):
+        for reader in _readers(model, layer):
+            squares[layer] += tensors[reader].square().sum(0).view(len(DIRECTIONS), hidden)
+    return squares.sqrt()
+
+
+def cut_units(model: Recogniser, masks: Tensor, means: Tensor | None = None) -> Recogniser:
+    """Build the network that keeps the masked hidden units.
+
+    Args:
+        model: Left as it is.
+        masks: Boolean (layers, 2, hidden), as many True in every layer and direction.
+        means: Mean output of every unit, (layers, 2, hidden), as mean_outputs gives it. Those of
+            the removed units are folded into the biases of all that reads them: their own layer,
+            the next, the head. None drops them.
+
+    Returns:
+        A new network. With removed outputs constant at zero it computes exactly the same function;
+        at another constant, the same but for the first frame, before which an LSTM remembers zero.
+    """
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if means is not None:
+        _fold(tensors, model, masks, means)
+    for layer, direction, cell in _cells(model):
+        kept = masks[layer, direction]
+        for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            tensors[f"rnn.{part}_{cell}"] = tensors[f"rnn.{part}_{cell}"][kept.repeat(GATES)]
+        tensors[f"rnn.weight_hh_{cell}"] = tensors[f"rnn.weight_hh_{cell}"][:, kept]
+    for layer in range(model.rnn.num_layers):
+        for reader in _readers(model, layer):
+            tensors[reader] = tensors[reader][:, masks[layer].flatten()]
+    return recogniser_of(model.settings, model.classes, tensors)
+
+
+def _fold(tensors: dict[str, Tensor], model: Recogniser, masks: Tensor, means: Tensor) -> None:
+    """Add what the removed units tell others, taken as constant, to the biases behind them."""
+    removed = torch.where(masks, 0.0, means)  # (layers, 2, hidden), float like means
+    for layer, direction, cell in _cells(model):
+        tensors[f"rnn.bias_hh_{cell}"] += (
+            tensors[f"rnn.weight_hh_{cell}"] @ removed[layer, direction]
+        )
+        if layer > 0:
+            tensors[f"rnn.bias_ih_{cell}"] += (
+                tensors[f"rnn.weight_ih_{cell}"] @ removed[layer - 1].flatten()
+            )
+    *weights, bias = head_names(model)
+    told = removed[-1].flatten()
+    for weight in weights:
+        told = tensors[weight] @ told
+    tensors[bias] += told
+
+
+def _cells(model: Recogniser) -> Iterator[tuple[int, int, str]]:
+    """Layer, direction and the end of the parameter names of both: l0, l0_reverse, l1, ..."""
+    for layer in range(model.rnn.num_layers):
+        for direction, suffix in enumerate(DIRECTIONS):
+            yield layer, direction, f"l{layer}{suffix}"
+
+
+def _readers(model: Recogniser, layer: int) -> list[str]:
+    """Weights whose columns (2 x hidden, forward first) read the outputs of a layer."""
+    if layer + 1 < model.rnn.num_layers:
+        return [f"rnn.weight_ih_l{layer + 1}{suffix}" for suffix in DIRECTIONS]
+    return head_names(model)[:1]
+
+
+@torch.inference_mode()
+def mean_outputs(model: Recogniser, images: Iterable[Tensor]) -> Tensor:
+    """Mean output of every hidden unit over lines and frames, (layers, 2, hidden).
+
+    Args:
+        model: Evaluated with its running statistics.
+        images: Batches (N, 3, 32, W), normalised.
+    """
+    layers = [_layer(model.rnn, index) for index in range(model.rnn.num_layers)]
+    totals = torch.zeros(len(layers), 2 * model.rnn.hidden_size, device=model.device).double()
+    count = 0
+    model.eval()
+    for batch in images:
+        frames = model.features(batch)
+        count += frames.shape[0] * frames.shape[1]
+        for total, layer in zip(totals, layers, strict=True):
+            frames, _ = layer(frames)
+            total += frames.double().sum((0, 1))
+    return (totals / count).to(model.dtype).view(len(layers), len(DIRECTIONS), -1)
+
+
+def _layer(lstm: nn.LSTM, index: int) -> nn.LSTM:
+    """One layer, both directions, as an LSTM of its own: nn.LSTM shows the last outputs alone."""
+    here = f"_l{index}"
+    tensors = {n.replace(here, "_l0"): t for n, t in lstm.state_dict().items() if here in n}
+    weight = tensors["weight_ih_l0"]
+    layer = nn.LSTM(weight.shape[1], lstm.hidden_size, bidirectional=True).to(weight)
+    layer.load_state_dict(tensors)
+    return layer

@@ -1,0 +1,94 @@
+"""How far a sparse network can be cut before anything is lost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from crnn.networks.recogniser import Recogniser
+from pruning.gammas import NEAR_ZERO, absolute_gammas, prunable
+from pruning.settings import SparseSettings
+from pruning.sparsity import floor_of
+
+SLACK = 0.01
+"""Word accuracy that a sparse network may lose and still count as having had channels to spare."""
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """The verdict on a sparse network.
+
+    Attributes:
+        sentence: All of it, in words.
+        free_ratio: Largest prune ratio of four decimals that removes no live channel.
+        accuracy: Val word accuracy of the network.
+        baseline_accuracy: Of the network it was made from; None where there was none.
+        live: Live channels of each layer, by its name.
+        channels: All channels of each layer.
+        at_floor: Layers that are not allowed to lose more.
+    """
+
+    sentence: str
+    free_ratio: float
+    accuracy: float
+    baseline_accuracy: float | None
+    live: dict[str, int]
+    channels: dict[str, int]
+    at_floor: list[str]
+
+
+def readiness(
+    model: Recogniser, settings: SparseSettings, accuracy: float, baseline: float | None
+) -> Readiness:
+    """Judge a network at the end of its sparse stage.
+
+    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a layer always stays.
+
+    Args:
+        model: The network.
+        settings: Of its sparse stage.
+        accuracy: Its val word accuracy.
+        baseline: That of the network it was made from, or None.
+    """
+    names, gammas = list(prunable(model)), absolute_gammas(model)
+    live = {n: max(1, int((g >= NEAR_ZERO).sum())) for n, g in zip(names, gammas, strict=True)}
+    channels = {name: len(gamma) for name, gamma in zip(names, gammas, strict=True)}
+    total = sum(channels.values())
+    dead = total - sum(live.values())
+    free = (-(-(dead + 1) * 10_000 // total) - 1) / 10_000
+    at_floor = [
+        name
+        for name in names
+        if settings.method == "auto" and live[name] <= floor_of(channels[name]) < channels[name]
+    ]
+    parts = [f"a cut of up to {free:g} is free: {dead} of {total} channels are dead"]
+    parts += _accuracy_part(accuracy, baseline, free)
+    parts += [f"at their floor: {', '.join(at_floor)}"] if at_floor else []
+    if dead == 0 and settings.method != "auto":
+        parts.append("raise sparse.strength or take sparse.method auto")
+    return Readiness("; ".join(parts), free, accuracy, baseline, live, channels, at_floor)
+
+
+def live_removed(gammas: Sequence[Tensor], masks: Sequence[Tensor]) -> int:
+    """How many channels a cut removes that still do something.
+
+    Args:
+        gammas: |gamma|, (C_i,) each.
+        masks: True keeps, (C_i,) each.
+    """
+    pairs = zip(gammas, masks, strict=True)
+    return sum(int((~mask & (gamma.cpu() >= NEAR_ZERO)).sum()) for gamma, mask in pairs)
+
+
+def _accuracy_part(accuracy: float, baseline: float | None, free: float) -> list[str]:
+    if baseline is None:
+        return [f"the network reads {100 * accuracy:.1f}% of the val lines"]
+    if baseline == 0:
+        return ["neither this network nor the baseline reads a line: train longer"]
+    lost = baseline - accuracy
+    verdict = (
+        "there is slack"
+        if lost <= SLACK
+        else f"there is no slack at {free:g}, and {100 * lost:.1f} points to regain in fine-tuning"
+    )
+    return [f"it reads {100 * accuracy:.1f}%, the baseline {100 * baseline:.1f}%: {verdict}"]

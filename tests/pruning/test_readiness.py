@@ -1,0 +1,49 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruning.gammas import absolute_gammas, prunable
+from pruning.readiness import live_removed, readiness
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings, SparseSettings
+from tests.conftest import random_recogniser
+
+AUTO = SparseSettings(epochs=1)
+PROXIMAL = SparseSettings(epochs=1, method="proximal", strength=1.0)
+
+
+@given(st.floats(0, 0.9))
+def test_a_cut_is_free_up_to_the_free_ratio_and_no_further(share: float) -> None:
+    model = random_recogniser(width=0.1)
+    gammas = torch.cat([layer.weight.data for layer in prunable(model).values()])
+    threshold = gammas.abs().quantile(share)
+    for layer in prunable(model).values():
+        values = layer.weight.data.abs()
+        low = values < threshold
+        low[values.argmax()] = False
+        layer.weight.data[low] = 0
+    free = readiness(model, AUTO, 0.8, 0.8).free_ratio
+    gammas_now = absolute_gammas(model)
+    assert live_removed(gammas_now, keep_masks(gammas_now, free, PruneSettings())) == 0
+    beyond = keep_masks(gammas_now, round(free + 1e-4, 4), PruneSettings())
+    assert live_removed(gammas_now, beyond) == 1
+
+
+def test_the_sentence_says_what_limits_and_what_is_to_be_regained() -> None:
+    model = random_recogniser(width=0.1)
+    first = next(iter(prunable(model).values()))
+    first.weight.data[1:] = 0
+    verdict = readiness(model, AUTO, 0.70, 0.85)
+    total = sum(verdict.channels.values())
+    assert f"{len(first.weight) - 1} of {total} channels are dead" in verdict.sentence
+    assert "it reads 70.0%, the baseline 85.0%: there is no slack" in verdict.sentence
+    assert "15.0 points to regain" in verdict.sentence
+    assert "at their floor: cnn.1" in verdict.sentence
+    assert "there is slack" in readiness(model, AUTO, 0.845, 0.85).sentence
+    assert "train longer" in readiness(model, AUTO, 0.0, 0.0).sentence
+
+
+def test_a_network_without_dead_channels_says_what_to_do() -> None:
+    verdict = readiness(random_recogniser(width=0.1), PROXIMAL, 0.8, 0.8)
+    assert "0 of" in verdict.sentence
+    assert verdict.sentence.endswith("raise sparse.strength or take sparse.method auto")
