@@ -22,19 +22,19 @@ import yaml
 
 from tests.flows.conftest import free_port, serve_mlflow
 
-ROUNDS = 7
+ROUNDS = 5
 SIGNALS = {"stays": signal.SIGCONT, "killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
 EXPERIMENT = {
     "name": "outage",
     "ratios": [0.5],
     "data": {
-        "train": 3000,
+        "train": 2000,
         "val": 32,
         "max_width": 128,
         "text": {"alphabet": "0123456789", "min_length": 1, "max_length": 6},
     },
     "model": {"width": 0.25},
-    "baseline": {"epochs": 10},
+    "baseline": {"epochs": 8},
     "sparse": {"epochs": 1, "target_ratio": 0.5},
     "finetune": {"epochs": 1},
 }
