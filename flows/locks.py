@@ -85,8 +85,8 @@ def _one_of(names: Sequence[str], stopping: Stopping, say: Log) -> Iterator[_Hel
     try:
         told = False
         while (taken := next((lock for lock in locks if _try_lock(lock.descriptor)), None)) is None:
-            if not told:
-                say(_holder(locks[0].descriptor))
+            if not told and (holder := _holder(locks[0].descriptor)):
+                say(holder)
                 told = True
             if stopping():
                 raise StoppedError(f"stopped while waiting for {names[0]}")
@@ -118,4 +118,5 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    return os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+    """Whoever holds the lock, as it wrote; nothing as long as it has not."""
+    return os.pread(descriptor, 200, 0).decode(errors="replace")
