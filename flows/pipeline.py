@@ -128,16 +128,18 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     context = Context(experiment, tracker, [], experiment.training_seeds[0])
     try:
         with attended():
-            return _sweep(context)
+            try:
+                return _sweep(context)
+            finally:
+                # First of all: before Prefect is told, and before the task runner waits for its
+                # threads, which wait for their processes.
+                children.stop()
     except KeyboardInterrupt:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
     except TerminationSignal:
         return Cancelled(name=TERMINATED, message=children.KEPT)
     except CancelledRun:
         return Cancelled(message=children.KEPT)
-    finally:
-        # Before the task runner waits for its threads, which wait for their processes.
-        children.stop()
 
 
 def _sweep(context: Context) -> Frontier:
