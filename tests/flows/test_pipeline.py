@@ -208,7 +208,8 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
         workers = children_of(process.pid)
         assert workers
         stop(process)
-        deadline = time.monotonic() + 5
+        # Five seconds are promised, and measured by tests/torture.py; here other tests run beside.
+        deadline = time.monotonic() + 20
         while any(is_alive(pid) for pid in workers):
             assert time.monotonic() < deadline, f"training went on after {stop}"
             time.sleep(0.1)
