@@ -77,7 +77,7 @@ def timed_run(fate: str) -> tuple[float, float]:
         run = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while not list(folder.glob("state/work/baseline-*/out/history.jsonl")):
+        while not list(folder.glob("state/*/baseline-*/out/history.jsonl")):
             assert run.poll() is None
             time.sleep(0.05)
         os.killpg(server.pid, SIGNALS[fate])

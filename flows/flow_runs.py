@@ -22,7 +22,7 @@ WATCH_SECONDS = 2
 def attended() -> Iterator[None]:
     """Within a flow: mark the dead runs before it, and stop its children when it is cancelled."""
     run_id = UUID(flow_run.id)
-    with single_flight(_lock_of(run_id), lambda: False, lambda _: None):
+    with single_flight(_lock_of(run_id)):
         with suppress(Exception), get_client(sync_client=True) as client:
             # What Prefect's pages show is worth no failed run.
             client.update_flow_run(run_id, tags=[project.identity()])

@@ -22,7 +22,9 @@ Log = Callable[[str], None]
 
 
 @contextmanager
-def single_flight(key: str, stopping: Stopping, log: Log) -> Iterator[int]:
+def single_flight(
+    key: str, stopping: Stopping = lambda: False, log: Log = lambda _: None
+) -> Iterator[int]:
     """Hold the key's lock; while another process holds it, wait and say for whom.
 
     The child that computes is given the descriptor and holds it too: the work folder never has

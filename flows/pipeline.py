@@ -128,18 +128,16 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     context = Context(experiment, tracker, [], experiment.training_seeds[0])
     try:
         with attended():
-            try:
-                return _sweep(context)
-            finally:
-                # First of all: before Prefect is told, and before the task runner waits for its
-                # threads, which wait for their processes.
-                children.stop()
+            return _sweep(context)
     except KeyboardInterrupt:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
     except TerminationSignal:
         return Cancelled(name=TERMINATED, message=children.KEPT)
     except CancelledRun:
         return Cancelled(message=children.KEPT)
+    finally:
+        # Before the task runner waits for its threads, which wait for their processes.
+        children.stop()
 
 
 def _sweep(context: Context) -> Frontier:

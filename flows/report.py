@@ -129,6 +129,10 @@ def _png(title: str, rows: Sequence[Row]) -> bytes:
         axes.set(xscale="log", xlabel=name, ylabel="word accuracy, %")
         axes.grid(alpha=0.3, which="both")
     figure.suptitle(f"{subject(title, rows)}, 95% intervals\n{_legend(rows)}; filled: Pareto")
+    return _png_of(figure)
+
+
+def _png_of(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -230,9 +234,7 @@ def readiness_picture(verdict: "Readiness", epochs: Sequence[tuple[float, float]
     reading.set(xlabel="zero gammas, %", ylabel="val word accuracy after each epoch, %")
     reading.grid(alpha=0.3)
     figure.suptitle(verdict.sentence, wrap=True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return _png_of(figure)
 
 
 def gamma_histograms(layers: dict[str, np.ndarray], title: str) -> np.ndarray:

@@ -41,7 +41,7 @@ def start_server() -> Callable[[], None]:
     log.parent.mkdir(parents=True, exist_ok=True)
     starting = contextlib.ExitStack()
     # Two servers that create the same fresh database at once collide.
-    starting.enter_context(single_flight("prefect-store", lambda: False, lambda _: None))
+    starting.enter_context(single_flight("prefect-store"))
     log.unlink(missing_ok=True)
     server = _Server(port, log)
     atexit.register(server.stop)

@@ -8,9 +8,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Tracker:
 
     def _connect(self) -> None:
         # Processes that create the same fresh SQLite store at once collide.
-        with single_flight("mlflow-store", lambda: False, lambda _: None):
+        with single_flight("mlflow-store"):
             self._client = MlflowClient()
             found = self._client.get_experiment_by_name(self._name)
             if found is None:
@@ -135,7 +135,7 @@ class Tracker:
     def _begin(self, stage: Stage) -> None:
         self._finished.discard(stage.key)
         inputs = {name: upstream.key for name, upstream in stage.inputs.items()}
-        with _recording(stage.key):
+        with single_flight(_record(stage.key)):
             self._open(stage.key, stage.name, stage.label, (stage.settings, inputs))
 
     def _find(self, condition: str, value: str) -> Run | None:
@@ -173,7 +173,7 @@ class Tracker:
         if stage.key not in self._runs:
             self._begin(stage)
         # A stage that has ended since has moved its folder, and is recorded from there.
-        with _recording(stage.key), suppress(FileNotFoundError):
+        with single_flight(_record(stage.key)), suppress(FileNotFoundError):
             self._log_epochs(self._runs[stage.key], folder)
 
     def _log_epochs(self, run_id: str, folder: Path) -> None:
@@ -200,7 +200,7 @@ class Tracker:
         """Complete this run, and those that an outage has left behind."""
         for manifest in list(self._unrecorded.values()):
             if manifest.key not in self._finished:
-                with _recording(manifest.key):
+                with single_flight(_record(manifest.key)):
                     self._finish(manifest)
             del self._unrecorded[manifest.key]
 
@@ -266,7 +266,7 @@ class Tracker:
         self, name: str, key: str, points: list[dict[str, Any]], params: dict[str, Any], files: Path
     ) -> str:
         self._finish_all()
-        with _recording(key):
+        with single_flight(_record(key)):
             found = self._find("tags.kind = 'sweep' and tags.sweep_key", key)
             if found is None:
                 sweep_id = self._create(name, {"kind": "sweep", "sweep_key": key}, params)
@@ -313,15 +313,8 @@ class Tracker:
 
 
 def _record(key: str) -> str:
-    """Name of the lock of a run's records."""
+    """Name of the lock of a run's records: two pipelines would log the same step twice."""
     return f"record-{key}"
-
-
-@contextmanager
-def _recording(key: str) -> Iterator[None]:
-    """Write a run's records alone: two pipelines would log the same step twice."""
-    with single_flight(_record(key), lambda: False, lambda _: None):
-        yield
 
 
 def deleted_and_registered() -> tuple[set[str], set[str]]:

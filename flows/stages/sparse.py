@@ -6,6 +6,7 @@ multiple of SNAPSHOT_STEP. A cut starts from the first snapshot in which all tha
 dead. With the other methods channels come back, and only the last epoch counts.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from decimal import Decimal
@@ -43,7 +44,7 @@ def sparse(work: Work) -> Outcome:
     """
     settings = SparseSettings.model_validate(work.settings["train"])
     given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
-    model = fresh_model(work) if given is None else load_checkpoint(work.input("baseline")).model
+    model = fresh_model(work) if given is None else copy.deepcopy(given)
     refuse_impossible_cuts(work, model)
     look = _snapshots(work) if settings.method == "auto" else None
     teacher = Teacher(given, settings.teaching) if given and settings.teaching else None
