@@ -104,11 +104,20 @@ def prune_stage(
 
 
 def finetune_stage(
-    experiment: Experiment, data: Manifest, pruned: Manifest, ratio: float, seed: int
+    experiment: Experiment, upstream: dict[str, Manifest], ratio: float, seed: int
 ) -> Stage:
-    """The cut network, trained on."""
+    """The cut network, trained on.
+
+    Args:
+        experiment: Its definition.
+        upstream: The stages "data", "baseline", which may teach, and "prune".
+        ratio: Of the cut.
+        seed: Of data order and augmentation.
+    """
     settings = _training(experiment.finetune, seed)
-    inputs = {"data": data, "prune": pruned}
+    inputs = dict(upstream)
+    if not experiment.finetune.distill:
+        del inputs["baseline"]
     label = f"finetune {ratio:g}{of_seed(experiment, seed)}"
     return Stage("finetune", label, settings, inputs, VERSIONS["finetune"])
 
@@ -138,12 +147,21 @@ def control_stage(
         del inputs["baseline"]
     settings |= {
         "uncut_epochs": uncut_epochs,
-        "taught_epochs": experiment.sparse.epochs if experiment.sparse.teaching else 0,
+        "taught_epochs": _taught_epochs(experiment),
         "cut_epochs": experiment.finetune.epochs,
     }
     ratio = upstream["prune"].settings["basis_points"] / 10_000
     label = f"{kind} {ratio:g}{of_seed(experiment, seed)}"
     return Stage(kind, label, settings, inputs, VERSIONS[kind])
+
+
+def _taught_epochs(experiment: Experiment) -> int:
+    """Epochs of a slimming path in which the baseline read along."""
+    sections = (
+        (experiment.sparse.epochs, experiment.sparse.teaching),
+        (experiment.finetune.epochs, experiment.finetune.distill),
+    )
+    return sum(epochs for epochs, weight in sections if weight)
 
 
 def measure_stage(model: Manifest) -> Stage:

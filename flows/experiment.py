@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from pydantic_core import ErrorDetails
 
 from crnn.errors import SettingsError
-from crnn.settings import BaselineSettings, DataSettings, ModelSettings, Settings, TrainSettings
-from pruning.settings import PruneSettings, SparseSettings
+from crnn.settings import BaselineSettings, DataSettings, ModelSettings, Settings
+from pruning.settings import FinetuneSettings, PruneSettings, SparseSettings
 
 
 def _sorted_basis_points(ratios: tuple[float, ...]) -> tuple[float, ...]:
@@ -79,7 +79,7 @@ class Experiment(Settings):
     baseline: BaselineSettings
     sparse: SparseSettings
     prune: PruneSettings = PruneSettings()
-    finetune: TrainSettings
+    finetune: FinetuneSettings
     controls: ControlSettings = ControlSettings()
     execution: ExecutionSettings = ExecutionSettings()
 

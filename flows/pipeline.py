@@ -87,9 +87,9 @@ def prune(context: Context, samples: Manifest, thin: Manifest, ratio: float) -> 
 
 
 @task(cache_policy=NO_CACHE, task_run_name="finetune {ratio}{context.of_seed}")
-def finetune(context: Context, samples: Manifest, pruned: Manifest, ratio: float) -> Any:
+def finetune(context: Context, ratio: float, upstream: dict[str, Any]) -> Any:
     """Train the cut network on."""
-    stage = definitions.finetune_stage(context.experiment, samples, pruned, ratio, context.seed)
+    stage = definitions.finetune_stage(context.experiment, upstream, ratio, context.seed)
     return run_stage(context, stage, whole_machine=False)
 
 
@@ -191,11 +191,11 @@ def _start_points(context: Context, upstream: Upstream) -> dict[str, dict[str, A
     points: dict[str, dict[str, Any]] = {"baseline": {"data": samples, "baseline": uncut}}
     for name, ratio, wish in upstream.points:
         cutting: Any = prune.submit(context, samples, thin, ratio)
-        tuning = finetune.submit(context, samples, cutting, ratio)
+        made_of = {"data": samples, "baseline": uncut, "prune": cutting}
+        tuning = finetune.submit(context, ratio, made_of)
         stages = {"data": samples, "sparse": thin, **wish, "prune": cutting, "finetune": tuning}
         points[name] = stages
         for kind in [] if wish else context.experiment.controls.kinds(ratio):
-            made_of = {"data": samples, "baseline": uncut, "prune": cutting}
             training = control.submit(context, kind, ratio, made_of)
             points[f"{kind} {name}"] = {**made_of, kind: training}
     return points

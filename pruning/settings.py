@@ -38,6 +38,19 @@ class SparseSettings(TrainSettings):
         return self.distill if self.from_baseline else 0.0
 
 
+class FinetuneSettings(TrainSettings):
+    """The fine-tuning of a cut network, which may also be left as it was cut.
+
+    distill is the weight of learning from the baseline beside the labels, 0 for not at all;
+    recalibrate is the number of training lines, unchanged by augmentation, from which the
+    BatchNorm statistics are estimated anew at the end, 0 for what the epochs left.
+    """
+
+    epochs: Annotated[int, Field(ge=0)]
+    distill: Annotated[float, Field(ge=0)] = 0.0
+    recalibrate: Annotated[int, Field(ge=0)] = 0
+
+
 class Targets(Settings):
     """Wishes that each get a point of their own, at the lowest ratio that meets them.
 

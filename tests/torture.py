@@ -75,6 +75,8 @@ def main() -> None:
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else random.SystemRandom().randrange(10**6)
     chosen = [fault for fault in FAULTS if fault.__name__ in sys.argv[2:] or not sys.argv[2:]]
     say(f"seed {seed}")
+    # A shell starts background jobs with SIGINT ignored, and what they start inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder, serve_prefect(Path(folder)):
         reference = new_project(Path(folder) / "reference", **EXPERIMENT)
         reference.frontier()

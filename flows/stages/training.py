@@ -16,13 +16,13 @@ from crnn.evaluation import evaluate
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import BaselineSettings, ModelSettings, TrainSettings
-from crnn.training import Penalty, Run, Teacher, fit, start
+from crnn.training import Penalty, Run, Teacher, fit, recalibrate, start
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL
 from flows.stages.work import Outcome, Work
 from pruning.gammas import absolute_gammas, gamma_statistics, prunable
 from pruning.selection import keep_masks
-from pruning.settings import PruneSettings
+from pruning.settings import FinetuneSettings, PruneSettings
 from pruning.slimming import slim
 
 STATE = "state.safetensors"
@@ -39,8 +39,17 @@ def baseline(work: Work) -> Outcome:
 
 def finetune(work: Work) -> Outcome:
     """Train the cut network on."""
+    settings = FinetuneSettings.model_validate(work.settings["train"])
     model = load_checkpoint(work.input("prune")).model
-    return MODEL, train(work, model, TrainSettings.model_validate(work.settings["train"]))[1]
+    teacher = None
+    if settings.distill:
+        teacher = Teacher(load_checkpoint(work.input("baseline")).model, settings.distill)
+    run, metrics = train(work, model, settings, teacher=teacher)
+    if settings.recalibrate:
+        recalibrate(run.model, work.lines("train").sample(settings.recalibrate))
+        work.save_model(work.out / MODEL, run.model)
+        metrics |= evaluate(run.model, work.lines("val"), work.unseen())
+    return MODEL, metrics
 
 
 def fresh_model(work: Work) -> Recogniser:

@@ -1,0 +1,76 @@
+"""The fine-tune stage: with a teacher, with new BatchNorm statistics, or not at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crnn.checkpoint import load_checkpoint
+from flows.cache import MODEL
+from flows.stages.training import finetune
+from flows.stages.work import Work
+from tests.flows.conftest import TINY, Project
+
+Finished = tuple[Project, dict[str, Any]]
+
+
+def tuned(
+    finished: Finished, folder: Path, **settings: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Fine-tune the cut of 0.6 in this process: its state dict and its figures."""
+    project, _ = finished
+    manifests = project.manifests()
+    inputs = {
+        label.split()[0]: {
+            "file": str(project.home / "stages" / m["key"] / m["result"]),
+            "sha256": m["files"][m["result"]]["sha256"],
+        }
+        for label, m in manifests.items()
+        if label in ("data", "baseline", "prune 0.6")
+    }
+    job = {
+        "stage": "finetune",
+        "settings": {"seed": 0, "train": {"epochs": 1, "batch_size": 16, **settings}},
+        "data": TINY["data"],
+        "seed": 0,
+        "inputs": inputs,
+        "cpus": 1,
+        "loader_workers": 0,
+    }
+    (folder / "out").mkdir(parents=True)
+    work = Work(job, folder, folder / "out", lambda event: None)
+    result, metrics = finetune(work)
+    return load_checkpoint(work.out / result).model.state_dict(), metrics
+
+
+def cut_of(finished: Finished) -> dict[str, Tensor]:
+    project, _ = finished
+    key = project.manifests()["prune 0.6"]["key"]
+    return load_checkpoint(project.home / "stages" / key / MODEL).model.state_dict()
+
+
+def test_no_epoch_leaves_the_cut_as_it_is(finished: Finished, tmp_path: Path) -> None:
+    tensors, metrics = tuned(finished, tmp_path, epochs=0)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in cut_of(finished).items())
+    untuned = finished[0].manifests()["prune 0.6"]["metrics"]
+    assert metrics["val/word_accuracy"] == untuned["val/word_accuracy"]
+
+
+def test_recalibration_changes_the_statistics_alone(finished: Finished, tmp_path: Path) -> None:
+    tensors, _ = tuned(finished, tmp_path, epochs=0, recalibrate=32)
+    for name, tensor in cut_of(finished).items():
+        statistic = "running" in name
+        assert torch.equal(tensor, tensors[name]) != statistic or "tracked" in name, name
+
+
+def test_the_baseline_teaches_where_it_is_asked_to(finished: Finished, tmp_path: Path) -> None:
+    plain, metrics = tuned(finished, tmp_path / "plain")
+    taught, with_teacher = tuned(finished, tmp_path / "taught", distill=1.0)
+    assert with_teacher["train/loss"] > metrics["train/loss"]
+    assert not torch.equal(plain["head.weight"], taught["head.weight"])
+    project, result = finished
+    key = result["rows"][2]["stages"]["finetune"]
+    manifest = json.loads((project.home / "stages" / key / "manifest.json").read_text())
+    assert ("baseline" in manifest["inputs"]) == bool(manifest["settings"]["train"]["distill"])
