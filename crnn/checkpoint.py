@@ -90,7 +90,7 @@ def recogniser_of(settings: ModelSettings, classes: int, tensors: dict[str, Tens
     Args:
         settings: Architecture before any cut: no layer may be wider.
         classes: K of the head.
-        tensors: Become the network's own.
+        tensors: Are copied.
 
     Raises:
         CheckpointError: Other keys than such a network has, a layer that is wider than the settings
@@ -104,9 +104,11 @@ def recogniser_of(settings: ModelSettings, classes: int, tensors: dict[str, Tens
     _refuse_unfit(model, tensors)
     for name, module in model.named_modules():
         _resize_layer(module, _under(f"{name}.", tensors))
+    # Of one layout: where an axis has length one, its stride chooses kernels that round otherwise.
+    plain = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     try:
         model.rnn = _lstm_like(model.rnn, tensors["rnn.weight_ih_l0"])
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict(plain, assign=True)
         model.eval()(torch.zeros(1, 3, HEIGHT, 32, dtype=model.dtype))
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"the layers do not fit each other ({error})") from error
@@ -139,7 +141,10 @@ def _within(shape: torch.Size, largest: torch.Size) -> bool:
 
 def _resize_layer(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     if isinstance(module, nn.Conv2d):
-        module.out_channels, module.in_channels = tensors["weight"].shape[:2]
+        depthwise = module.groups == module.out_channels > 1
+        module.out_channels, inputs = tensors["weight"].shape[:2]
+        module.groups = module.out_channels if depthwise else module.groups
+        module.in_channels = inputs * module.groups
     elif isinstance(module, nn.BatchNorm2d):
         module.num_features = len(tensors["weight"])
         module.running_mean = torch.empty_like(tensors["running_mean"])

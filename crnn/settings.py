@@ -65,11 +65,23 @@ class DataSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """Architecture before any cut."""
+    """Architecture before any cut.
 
-    backbone: Literal["vgg13"] = "vgg13"
+    backbone is vgg13, whose channels width multiplies, or the name of a convolutional network of
+    timm, which has the channels it has.
+    """
+
+    backbone: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")] = "vgg13"
     width: Annotated[float, Field(gt=0, le=4)] = 1.0
     hidden: Annotated[int, Field(ge=1, le=1024)] = 48
+
+    @model_validator(mode="after")
+    def _width_of_vgg13_alone(self) -> Self:
+        if self.width != 1 and self.backbone != "vgg13":
+            raise ValueError(
+                f"width is for vgg13 alone; {self.backbone} has no other than 1, not {self.width:g}"
+            )
+        return self
 
 
 class TrainSettings(Settings):

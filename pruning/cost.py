@@ -35,7 +35,7 @@ def macs(model: Recogniser, width: int = LINE_WIDTH) -> int:
     ]
     try:
         with torch.inference_mode():
-            frames = len(model.eval()(torch.zeros(1, 3, HEIGHT, width)))
+            frames = len(model.eval()(torch.zeros(1, 3, HEIGHT, width, dtype=model.dtype)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from crnn.networks.recogniser import Recogniser
-from pruning.gammas import NEAR_ZERO, absolute_gammas, prunable
+from pruning.gammas import NEAR_ZERO, absolute_gammas, widths
 from pruning.settings import SparseSettings
 from pruning.sparsity import floor_of
 
@@ -23,9 +23,9 @@ class Readiness:
         free_ratio: Largest prune ratio of four decimals that removes no live channel.
         accuracy: Val word accuracy of the network.
         baseline_accuracy: Of the network it was made from; None where there was none.
-        live: Live channels of each layer, by its name.
-        channels: All channels of each layer.
-        at_floor: Layers that are not allowed to lose more.
+        live: Live channels of each group, by its name.
+        channels: All channels of each group.
+        at_floor: Groups that are not allowed to lose more.
     """
 
     sentence: str
@@ -42,7 +42,7 @@ def readiness(
 ) -> Readiness:
     """Judge a network at the end of its sparse stage.
 
-    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a layer always stays.
+    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a group always stays.
 
     Args:
         model: The network.
@@ -50,7 +50,7 @@ def readiness(
         accuracy: Its val word accuracy.
         baseline: That of the network it was made from, or None.
     """
-    names, gammas = list(prunable(model)), absolute_gammas(model)
+    names, gammas = list(widths(model)), absolute_gammas(model)
     live = {n: max(1, int((g >= NEAR_ZERO).sum())) for n, g in zip(names, gammas, strict=True)}
     channels = {name: len(gamma) for name, gamma in zip(names, gammas, strict=True)}
     total = sum(channels.values())

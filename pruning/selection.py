@@ -24,14 +24,14 @@ def keep_masks(
     under `exact` what a floor saves is taken elsewhere.
 
     Args:
-        gammas: One (C_i,) tensor for each prunable BatchNorm, in forward order.
+        gammas: One (C_i,) tensor for each group of channels, in forward order.
         prune_ratio: Share of all channels to remove, in [0, 1).
         settings: Selection rule, floors and rounding.
         deaths: Numbers of the channels in the order in which their gammas became zero, from 1;
             0 for the others. Of the dead, those that died first go first.
 
     Returns:
-        One boolean (C_i,) mask for each layer; True keeps the channel. A higher ratio keeps a
+        One boolean (C_i,) mask for each group; True keeps the channel. A higher ratio keeps a
         subset of what a lower one keeps.
 
     Raises:

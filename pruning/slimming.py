@@ -10,7 +10,7 @@ from crnn.networks.recogniser import Recogniser
 from pruning.head import cut_head
 from pruning.lstm import cut_units, keep_units, mean_outputs
 from pruning.settings import PruneSettings
-from pruning.surgery import cut, mean_activations
+from pruning.surgery import cut, mean_inputs
 
 
 def slim(
@@ -41,10 +41,10 @@ def slim(
     return compact if settings.head_rank is None else cut_head(compact, settings.head_rank)
 
 
-def _channel_means(model: Recogniser, lines: Lines) -> list[Tensor]:
-    means = [mean.cpu() for mean in mean_activations(model.to(best_device()), _images(lines))]
+def _channel_means(model: Recogniser, lines: Lines) -> dict[str, Tensor]:
+    means = mean_inputs(model.to(best_device()), _images(lines))
     model.cpu()
-    return means
+    return {name: mean.cpu() for name, mean in means.items()}
 
 
 def _unit_means(model: Recogniser, lines: Lines) -> Tensor:

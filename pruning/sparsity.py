@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from crnn.networks.recogniser import INITIAL_GAMMA
 from crnn.training import Penalty, Run
-from pruning.gammas import prunable
+from pruning.coupling import Group, groups_of
+from pruning.gammas import absolute_gammas, norms_of
 from pruning.settings import SparseSettings
 
 FLOOR = 0.06
@@ -31,7 +32,7 @@ class Subgradient(Penalty):
 
     @torch.no_grad()
     def before_step(self, run: Run, learning_rate: float, progress: float) -> None:
-        for layer in prunable(run.model).values():
+        for layer in norms_of(run.model).values():
             assert layer.weight.grad is not None
             layer.weight.grad.add_(layer.weight.sign(), alpha=self.strength)
 
@@ -47,7 +48,7 @@ class Proximal(Penalty):
 
     @torch.no_grad()
     def after_step(self, run: Run, learning_rate: float, progress: float) -> None:
-        for layer in prunable(run.model).values():
+        for layer in norms_of(run.model).values():
             shrunk = (layer.weight.abs() - learning_rate * self.strength).clamp(min=0)
             layer.weight.copy_(layer.weight.sign() * shrunk)
 
@@ -68,7 +69,7 @@ class Polarization(Penalty):
 
     @torch.no_grad()
     def after_step(self, run: Run, learning_rate: float, progress: float) -> None:
-        layers = prunable(run.model).values()
+        layers = norms_of(run.model).values()
         gammas = torch.cat([layer.weight for layer in layers])
         away = (gammas - gammas.mean()).sign()
         slope = self.T * gammas.sign() - away + away.mean()
@@ -89,7 +90,8 @@ class Auto(Penalty):
     mean of |gamma x d loss / d gamma + beta x d loss / d beta|, the first-order change of the
     loss when the channel has faded (Molchanov et al. 2019, arXiv:1906.10771): |gamma| itself
     misleads, because a BatchNorm behind the next convolution undoes any common scale of a layer.
-    The dead stay dead, the others are left alone, and every layer keeps a floor.
+    Where several BatchNorms scale a channel their terms are summed, and all of them fade. The dead
+    stay dead, the others are left alone, and every group keeps a floor.
     """
 
     RAMP = 0.7
@@ -110,7 +112,8 @@ class Auto(Penalty):
     @torch.no_grad()
     def before_step(self, run: Run, learning_rate: float, progress: float) -> None:
         """Update the importance of every channel, run.memory["importance"], (sum of C_i,)."""
-        now = torch.cat([_fading(layer) for layer in prunable(run.model).values()])
+        norms = norms_of(run.model)
+        now = torch.cat([_fading(group, norms) for group in groups_of(run.model)])
         before = run.memory.get("importance", now)
         run.memory["importance"] = self.DECAY * before + (1 - self.DECAY) * now
 
@@ -121,9 +124,9 @@ class Auto(Penalty):
         run.memory["deaths"], (sum of C_i,) int64, numbers the dead in their order from 1;
         run.memory["progress"] is that of the step before.
         """
-        layers = prunable(run.model).values()
-        sizes = [layer.num_features for layer in layers]
-        dead = torch.cat([layer.weight == 0 for layer in layers])
+        groups, norms = groups_of(run.model), norms_of(run.model)
+        sizes = [group.size for group in groups]
+        dead = _dead(run)
         importance = torch.where(dead, -1, run.memory["importance"])
         ranked = torch.cat([self._protected(part) for part in torch.split(importance, sizes)])
         share = self.target_ratio * (1 - (1 - min(progress / self.RAMP, 1)) ** 3)
@@ -135,12 +138,10 @@ class Auto(Penalty):
         run.memory["progress"] = torch.tensor(progress, dtype=torch.float64)
         fading = max(INITIAL_GAMMA * passed / self.FADE, self.OUTRUN * learning_rate)
         amount = fading if ramping else math.inf
-        for layer, dying in zip(layers, torch.split(lowest, sizes), strict=True):
-            size = layer.weight.abs()
-            left = torch.where(size > 0, (size - amount).clamp(min=0) / size, 0)
-            layer.weight.mul_(torch.where(dying, left, 1))
-            layer.bias.mul_(torch.where(dying, left, 1))
-        self._number_the_dead(run, torch.cat([layer.weight == 0 for layer in layers]), importance)
+        for group, dying in zip(groups, torch.split(lowest, sizes), strict=True):
+            for name, channels in group.norms.items():
+                _shrink(norms[name], dying[channels.to(dying.device)], amount)
+        self._number_the_dead(run, _dead(run), importance)
 
     def _number_the_dead(self, run: Run, dead: Tensor, importance: Tensor) -> None:
         """Of those that died in the same step the least important was first."""
@@ -157,11 +158,28 @@ class Auto(Penalty):
         return raised
 
 
-def _fading(layer: nn.BatchNorm2d) -> Tensor:
-    """First-order change of the loss if each channel's gamma and beta went to zero, (C,)."""
-    assert layer.weight.grad is not None
-    assert layer.bias.grad is not None
-    return (layer.weight * layer.weight.grad + layer.bias * layer.bias.grad).abs()
+def _dead(run: Run) -> Tensor:
+    """Which channels have no gamma left, (sum of C_i,)."""
+    return torch.cat(absolute_gammas(run.model)) == 0
+
+
+def _fading(group: Group, norms: dict[str, nn.BatchNorm2d]) -> Tensor:
+    """First-order change of the loss if each channel's gammas and betas went to zero, (C,)."""
+    change = norms[group.name].weight.new_zeros(group.size)
+    for name, channels in group.norms.items():
+        gamma, beta = norms[name].weight, norms[name].bias
+        assert gamma.grad is not None
+        assert beta.grad is not None
+        change.index_add_(0, channels.to(change.device), gamma * gamma.grad + beta * beta.grad)
+    return change.abs()
+
+
+def _shrink(norm: nn.BatchNorm2d, dying: Tensor, amount: float) -> None:
+    """Take `amount` off |gamma| where it dies, (n,) boolean, and the same share off beta."""
+    size = norm.weight.abs()
+    left = torch.where(size > 0, (size - amount).clamp(min=0) / size, 0)
+    norm.weight.mul_(torch.where(dying, left, 1))
+    norm.bias.mul_(torch.where(dying, left, 1))
 
 
 def penalty_of(settings: SparseSettings) -> Penalty:

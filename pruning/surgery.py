@@ -1,57 +1,57 @@
-"""Cutting channels out of a recogniser, and keeping the constants they left behind.
+"""Cutting channels out of a recogniser, and keeping the constants they left behind."""
 
-Works on the VGG layout: convolution, BatchNorm, ReLU, now and then a pool, and an LSTM behind.
-"""
-
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from crnn.checkpoint import recogniser_of
+from crnn.data.images import HEIGHT
+from crnn.errors import SettingsError
 from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
-from pruning.gammas import prunable
+from pruning.coupling import LSTM, LSTM_INPUTS, Group, groups_of
+from pruning.gammas import norms_of
 
-LSTM_INPUTS = ("rnn.weight_ih_l0", "rnn.weight_ih_l0_reverse")
 LSTM_BIASES = ("rnn.bias_ih_l0", "rnn.bias_ih_l0_reverse")
+
+TOLERANCE = 1e-6
+"""Largest difference of logits, in float64, between a masked network and its cut."""
 
 
 def cut(
-    model: Recogniser, masks: Sequence[Tensor], means: Sequence[Tensor] | None = None
+    model: Recogniser, masks: Sequence[Tensor], means: dict[str, Tensor] | None = None
 ) -> Recogniser:
     """Build the compact network that keeps the masked channels.
 
     Args:
         model: The uncut network; left as it is.
-        masks: One boolean (C_i,) mask for each BatchNorm in forward order; True keeps.
-        means: Mean activation of every channel where the next layer reads it, as
-            mean_activations gives them. The removed ones are folded into the running mean of the
-            next BatchNorm, or into the input biases of the LSTM. None drops them.
+        masks: One boolean (C_i,) mask for each group in forward order; True keeps.
+        means: Mean of every channel where a layer reads it, as mean_inputs gives them. What the
+            removed ones add is folded into the running mean of the BatchNorm behind that layer,
+            into its bias, or into the input biases of the LSTM. None drops it.
 
     Returns:
         A new network. With removed activations constant it computes the same function up to the
         zero-padded border; with them zero, exactly the same.
     """
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    groups = groups_of(model)
     if means is not None:
-        _fold(tensors, model, masks, means)
-    convolutions, norms = _layers(model)
-    before = torch.ones(3, dtype=torch.bool)
-    for convolution, norm, mask in zip(convolutions, norms, masks, strict=True):
-        weight = tensors[f"{convolution}.weight"]
-        tensors[f"{convolution}.weight"] = weight[mask][:, before]
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            tensors[f"{norm}.{part}"] = tensors[f"{norm}.{part}"][mask]
-        before = mask
-    for name in LSTM_INPUTS:
-        tensors[name] = tensors[name][:, before]
+        behind = _norms_behind(model)
+        for group, mask in zip(groups, masks, strict=True):
+            _fold(tensors, group, mask, means, behind)
+    for group, mask in zip(groups, masks, strict=True):
+        for (name, axis), channels in group.axes.items():
+            kept = mask[channels].nonzero().flatten()
+            tensors[name] = tensors[name].index_select(axis, kept)
     return recogniser_of(model.settings, model.classes, tensors)
 
 
 def revive(model: Recogniser, masks: Sequence[Tensor]) -> None:
     """Give kept channels that have faded something to do again, without changing the function.
 
-    Their gamma becomes the mean of their layer's, and what reads them starts at zero, as in
+    Their gammas become the mean of their BatchNorm's, and what reads them starts at zero, as in
     function-preserving widening (Chen et al. 2016, arXiv:1511.05641). ReLU lets no gradient
     through where gamma and beta are zero, so that fine-tuning alone never brings them back.
 
@@ -60,61 +60,127 @@ def revive(model: Recogniser, masks: Sequence[Tensor]) -> None:
         masks: As for cut.
     """
     tensors = model.state_dict()  # Shares its memory with the model.
-    convolutions, norms = _layers(model)
-    readers = [[f"{name}.weight"] for name in convolutions[1:]] + [list(LSTM_INPUTS)]
-    for norm, mask, names in zip(norms, masks, readers, strict=True):
-        gamma, beta = tensors[f"{norm}.weight"], tensors[f"{norm}.bias"]
-        idle = mask & (gamma == 0) & (beta == 0)
-        live = gamma[gamma != 0]
-        gamma[idle] = live.abs().mean() if len(live) else INITIAL_GAMMA
-        for name in names:
-            tensors[name][:, idle] = 0
+    for group, mask in zip(groups_of(model), masks, strict=True):
+        idle = mask.clone()
+        for name, channels in group.norms.items():
+            gamma, beta = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+            idle[channels[(gamma != 0) | (beta != 0)]] = False
+        for name, channels in group.norms.items():
+            gamma = tensors[f"{name}.weight"]
+            live = gamma[gamma != 0]
+            gamma[idle[channels]] = live.abs().mean() if len(live) else INITIAL_GAMMA
+        for (name, axis), channels in group.axes.items():
+            if axis == 1:
+                tensors[name][:, idle[channels]] = 0
 
 
-def _layers(model: Recogniser) -> tuple[list[str], list[str]]:
-    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    return convolutions, list(prunable(model))
+def refuse_uncuttable(model: Recogniser) -> None:
+    """Prove that a network computes the same without channels that have faded.
+
+    Raises:
+        SettingsError: It does not: something gives a channel a value that no BatchNorm scales.
+    """
+    if not groups_of(model):
+        raise SettingsError(f"model.backbone {model.settings.backbone} has no channels to cut")
+    masked = copy.deepcopy(model).cpu().double().eval()
+    chance = torch.Generator().manual_seed(0)
+    masks = []
+    norms = norms_of(masked)
+    for group in groups_of(model):
+        mask = torch.rand(group.size, generator=chance) < 0.5
+        mask[0] = True
+        for name, channels in group.norms.items():
+            for parameter in (norms[name].weight, norms[name].bias):
+                parameter.data[~mask[channels]] = 0
+        masks.append(mask)
+    image = torch.rand(1, 3, HEIGHT, 32, generator=chance).double()
+    with torch.inference_mode():
+        difference = float((masked(image) - cut(masked, masks)(image)).abs().max())
+    if not difference < TOLERANCE:
+        raise SettingsError(
+            f"model.backbone {model.settings.backbone} cannot be cut: without channels whose"
+            f" BatchNorm scales are zero its logits change by {difference:.1g}"
+        )
 
 
 def _fold(
-    tensors: dict[str, Tensor], model: Recogniser, masks: Sequence[Tensor], means: Sequence[Tensor]
+    tensors: dict[str, Tensor],
+    group: Group,
+    mask: Tensor,
+    means: dict[str, Tensor],
+    behind: dict[str, str],
 ) -> None:
-    """Add what the removed channels contribute, taken as constant, to the layers behind them."""
-    convolutions, norms = _layers(model)
-    readers = zip(convolutions[1:], norms[1:], masks[:-1], means[:-1], strict=True)
-    for convolution, norm, mask, mean in readers:
-        kernel_sums = tensors[f"{convolution}.weight"][:, ~mask].sum((2, 3))
-        tensors[f"{norm}.running_mean"] -= kernel_sums @ mean[~mask]
-    for weight, bias in zip(LSTM_INPUTS, LSTM_BIASES, strict=True):
-        tensors[bias] += tensors[weight][:, ~masks[-1]] @ means[-1][~masks[-1]]
+    """Add what removed channels contribute, taken as constant, to what stands behind them."""
+    for (tensor, axis), channels in group.axes.items():
+        if axis != 1:
+            continue
+        layer, removed = tensor.rpartition(".")[0], ~mask[channels]
+        weight = tensors[tensor][:, removed]
+        added = (weight.sum((2, 3)) if weight.ndim == 4 else weight) @ means[layer][removed]
+        if layer == LSTM:
+            tensors[LSTM_BIASES[LSTM_INPUTS.index(tensor)]] += added
+        elif layer in behind:
+            tensors[f"{behind[layer]}.running_mean"] -= added
+        elif f"{layer}.bias" in tensors:
+            tensors[f"{layer}.bias"] += added
+
+
+def _norms_behind(model: Recogniser) -> dict[str, str]:
+    """For each convolution the BatchNorm that reads its output, by their names."""
+    made_by: dict[int, str] = {}
+    behind: dict[str, str] = {}
+    outputs = []  # Kept, so that no later tensor gets the identity of an earlier one.
+    hooks = []
+
+    def made(name: str, output: Tensor) -> None:
+        made_by[id(output)] = name
+        outputs.append(output)
+
+    def read(name: str, image: Tensor) -> None:
+        if id(image) in made_by:
+            behind[made_by[id(image)]] = name
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            hooks.append(layer.register_forward_hook(lambda _, __, out, n=name: made(n, out)))
+        elif isinstance(layer, nn.BatchNorm2d):
+            hooks.append(
+                layer.register_forward_pre_hook(lambda _, given, n=name: read(n, given[0]))
+            )
+    try:
+        with torch.inference_mode():
+            model.eval().cnn(torch.zeros(1, 3, HEIGHT, 32, dtype=model.dtype, device=model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return behind
 
 
 @torch.inference_mode()
-def mean_activations(model: Recogniser, images: Iterable[Tensor]) -> list[Tensor]:
-    """Mean of every channel where the next layer reads it, pools included.
+def mean_inputs(model: Recogniser, images: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Mean of every channel where a convolution or the LSTM reads it, pools included.
 
     Args:
         model: Evaluated with its running statistics.
         images: Batches (N, 3, 32, W), normalised.
 
     Returns:
-        One (C_i,) tensor for each BatchNorm in forward order, over lines and positions.
+        By the name of the layer, (channels it reads,), over lines and positions.
     """
-    convolutions = [m for m in model.cnn.modules() if isinstance(m, nn.Conv2d)]
-    totals: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
 
-    def add(index: int, activation: Tensor) -> None:
+    def add(name: str, activation: Tensor) -> None:
         summed = activation.double().sum((0, 2, 3))
-        totals[index] = totals.get(index, torch.zeros_like(summed)) + summed
-        counts[index] = counts.get(index, 0) + activation.numel() // activation.shape[1]
+        totals[name] = totals.get(name, torch.zeros_like(summed)) + summed
+        counts[name] = counts.get(name, 0) + activation.numel() // activation.shape[1]
 
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, index=index: add(index, inputs[0]))
-        for index, layer in enumerate(convolutions[1:])
+        layer.register_forward_pre_hook(lambda _, given, n=name: add(n, given[0]))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
     ]
-    last = len(convolutions) - 1
-    hooks.append(model.cnn.register_forward_hook(lambda _, __, output: add(last, output)))
+    hooks.append(model.cnn.register_forward_hook(lambda _, __, output: add(LSTM, output)))
     try:
         model.eval()
         for batch in images:
@@ -122,4 +188,4 @@ def mean_activations(model: Recogniser, images: Iterable[Tensor]) -> list[Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    return [(totals[i] / counts[i]).to(model.dtype) for i in range(len(convolutions))]
+    return {name: (total / counts[name]).to(model.dtype) for name, total in totals.items()}

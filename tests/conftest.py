@@ -52,10 +52,13 @@ def lines() -> Lines:
     return rendered_lines(40)
 
 
-def random_recogniser(width: float = 0.1, classes: int = 11, seed: int = 0) -> Recogniser:
+def random_recogniser(
+    width: float = 0.1, classes: int = 11, seed: int = 0, backbone: str = "vgg13"
+) -> Recogniser:
     """A float64 network whose BatchNorms are not at their start, which would hide mistakes."""
     torch.manual_seed(seed)
-    model = Recogniser(ModelSettings(width=width, hidden=8), classes).double().eval()
+    settings = ModelSettings(backbone=backbone, width=width, hidden=8)
+    model = Recogniser(settings, classes).double().eval()
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(layer.weight, 0.0, 1.0)

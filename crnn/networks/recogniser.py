@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from crnn.networks.vgg import STRIDE, vgg13
+from crnn.networks.vgg import STRIDE, VGG13, vgg13
 from crnn.settings import ModelSettings
 
 INITIAL_GAMMA = 0.5
@@ -14,7 +14,7 @@ class Recogniser(nn.Module):
     """CRNN of Shi et al. 2015 (arXiv:1507.05717): images to CTC logits.
 
     Attributes:
-        cnn: Images (N, 3, 32, W) to features (N, C, 1, T), T = W // stride.
+        cnn: The backbone: images (N, 3, 32, W) to features (N, C, 1, T), T = W // stride.
         rnn: Two bidirectional LSTM layers over the T frames.
         head: Features of a frame to K class logits, class 0 is the CTC blank; one linear layer, or
             two as two_layer_head makes them.
@@ -26,7 +26,7 @@ class Recogniser(nn.Module):
         self.settings = settings
         self.classes = classes
         self.stride = STRIDE
-        self.cnn, channels = vgg13(settings.width)
+        self.cnn, channels = _backbone(settings)
         self.rnn = nn.LSTM(channels, settings.hidden, num_layers=2, bidirectional=True)
         self.head: nn.Linear | nn.Sequential = nn.Linear(2 * settings.hidden, classes)
         if not self.head.weight.is_meta:  # There torch would import its compiler, for a second.
@@ -55,6 +55,16 @@ class Recogniser(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return next(self.parameters()).dtype
+
+
+def _backbone(settings: ModelSettings) -> tuple[nn.Module, int]:
+    """The network that makes the features, and how many channels they have."""
+    if settings.backbone == VGG13:
+        return vgg13(settings.width)
+    # timm and torchvision take seconds to import.
+    from crnn.networks.timm_backbone import timm_backbone
+
+    return timm_backbone(settings.backbone)
 
 
 def two_layer_head(features: int, rank: int, classes: int) -> nn.Sequential:

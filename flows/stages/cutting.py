@@ -50,7 +50,7 @@ def prune(work: Work) -> Outcome:
     model = slim(uncut.cpu(), masks, settings, work.lines("train") if settings.compensate else None)
     work.save_model(work.out / MODEL, model)
     work.write_summary(model)
-    kept = widths(model)
+    kept = {name: int(mask.sum()) for name, mask in zip(widths(uncut), masks, strict=True)}
     work.write_json("widths.json", kept)
     return MODEL, {
         "prune/ratio_requested": ratio,

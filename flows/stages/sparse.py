@@ -26,7 +26,7 @@ from flows.report import readiness_picture
 from flows.rows import ACCURACY
 from flows.stages.training import fresh_model, history, refuse_impossible_cuts, train
 from flows.stages.work import Outcome, Work, proven
-from pruning.gammas import prunable
+from pruning.gammas import widths
 from pruning.readiness import Readiness, readiness
 from pruning.settings import SparseSettings
 from pruning.sparsity import penalty_of
@@ -118,7 +118,7 @@ def _zeros(snapshot: Path) -> int:
 
 def _write_index(work: Work, run: Run) -> None:
     """List snapshots and last epoch by their zeros, ascending; their digests enter later keys."""
-    sizes = [layer.num_features for layer in prunable(run.model).values()]
+    sizes = list(widths(run.model).values())
     nobody = torch.zeros(sum(sizes), dtype=torch.long)
     deaths = run.memory.get("deaths", nobody).cpu()
     networks = [(_zeros(path), path) for path in _snapshot_files(work)]

@@ -20,10 +20,11 @@ from crnn.training import Penalty, Run, Teacher, fit, recalibrate, start
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL
 from flows.stages.work import Outcome, Work
-from pruning.gammas import absolute_gammas, gamma_statistics, prunable
+from pruning.gammas import absolute_gammas, gamma_statistics, widths
 from pruning.selection import keep_masks
 from pruning.settings import FinetuneSettings, PruneSettings
 from pruning.slimming import slim
+from pruning.surgery import refuse_uncuttable
 
 STATE = "state.safetensors"
 
@@ -75,6 +76,7 @@ def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
     """Before hours of training: try the deepest cut on the network as it is."""
     settings = PruneSettings.model_validate(work.job["prune"])
     deepest = max(work.job["ratios"], default=0)
+    refuse_uncuttable(model)
     slim(model, keep_masks(absolute_gammas(model), deepest, settings), settings)
 
 
@@ -155,10 +157,10 @@ def history(out: Path) -> list[dict[str, float]]:
 
 
 def _save_gammas(out: Path, model: Recogniser, epoch: int) -> None:
-    """Raw |gamma| of every layer after an epoch."""
+    """Raw |gamma| of every group after an epoch."""
     arrays: dict[str, Any] = {
         name: gamma.float().cpu().numpy()
-        for name, gamma in zip(prunable(model), absolute_gammas(model), strict=True)
+        for name, gamma in zip(widths(model), absolute_gammas(model), strict=True)
     }
     (out / GAMMAS).mkdir(exist_ok=True)
     np.savez(out / GAMMAS / f"epoch-{epoch:04d}.npz", **arrays)

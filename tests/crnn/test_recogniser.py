@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings
 from pruning.cost import macs, parameters
-from pruning.gammas import prunable
+from pruning.gammas import norms_of
 from tests.conftest import random_recogniser
 
 ARTICLE_CLASSES = 5963
@@ -21,7 +21,7 @@ def test_parameter_counts_of_the_article() -> None:
         "head": 578_411,
         "total": 10_258_219,
     }
-    assert [layer.num_features for layer in prunable(model).values()] == [
+    assert [layer.num_features for layer in norms_of(model).values()] == [
         64, 64, 128, 128, 256, 256, 512, 512, 512, 512,
     ]  # fmt: skip
 
@@ -36,7 +36,7 @@ def test_a_frame_is_four_pixels_wide(width: int) -> None:
 
 def test_the_width_factor_scales_every_layer() -> None:
     full, quarter = (Recogniser(ModelSettings(width=w), 10) for w in (1.0, 0.25))
-    for a, b in zip(prunable(full).values(), prunable(quarter).values(), strict=True):
+    for a, b in zip(norms_of(full).values(), norms_of(quarter).values(), strict=True):
         assert a.num_features == 4 * b.num_features
     assert full.rnn.hidden_size == quarter.rnn.hidden_size == 48
 

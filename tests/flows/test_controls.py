@@ -17,7 +17,7 @@ from flows.comparison import comparisons
 from flows.report import table_cells
 from flows.stages.controls import epochs_for, fresh, width_for
 from pruning.cost import parameters
-from pruning.gammas import prunable
+from pruning.gammas import norms_of
 from pruning.surgery import cut
 from tests.conftest import random_recogniser
 from tests.flows.conftest import Project, copy_of, points_of, runs_of
@@ -100,7 +100,7 @@ def test_a_cut_from_scratch_keeps_its_shapes_and_nothing_else() -> None:
 
 
 def gammas(model: Recogniser) -> list[torch.Tensor]:
-    return [layer.weight.detach() for layer in prunable(model).values()]
+    return [layer.weight.detach() for layer in norms_of(model).values()]
 
 
 def test_controls_are_points_of_the_frontier_with_the_compute_of_slimming(

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.gammas import absolute_gammas, prunable
+from pruning.gammas import absolute_gammas, norms_of
 from pruning.readiness import live_removed, readiness
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings, SparseSettings
@@ -15,9 +15,9 @@ PROXIMAL = SparseSettings(epochs=1, method="proximal", strength=1.0)
 @given(st.floats(0, 0.9))
 def test_a_cut_is_free_up_to_the_free_ratio_and_no_further(share: float) -> None:
     model = random_recogniser(width=0.1)
-    gammas = torch.cat([layer.weight.data for layer in prunable(model).values()])
+    gammas = torch.cat([layer.weight.data for layer in norms_of(model).values()])
     threshold = gammas.abs().quantile(share)
-    for layer in prunable(model).values():
+    for layer in norms_of(model).values():
         values = layer.weight.data.abs()
         low = values < threshold
         low[values.argmax()] = False
@@ -31,7 +31,7 @@ def test_a_cut_is_free_up_to_the_free_ratio_and_no_further(share: float) -> None
 
 def test_the_sentence_says_what_limits_and_what_is_to_be_regained() -> None:
     model = random_recogniser(width=0.1)
-    first = next(iter(prunable(model).values()))
+    first = next(iter(norms_of(model).values()))
     first.weight.data[1:] = 0
     verdict = readiness(model, AUTO, 0.70, 0.85)
     total = sum(verdict.channels.values())

@@ -18,7 +18,7 @@ from pruning.lstm import cut_units, keep_units, mean_outputs
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
 from pruning.slimming import slim
-from pruning.surgery import cut, mean_activations
+from pruning.surgery import cut, mean_inputs
 from tests.conftest import random_recogniser
 
 UNCUT = random_recogniser(width=0.05).float()
@@ -60,7 +60,7 @@ def test_channels_units_and_head_are_cut_in_this_order(lines: Lines, compensate:
     batches = evaluation_batches(lines.sample(10))
     images = [normalise(batch.images) for batch in batches] if compensate else None
     masks = keep_masks(absolute_gammas(UNCUT), 0.4, settings)
-    thin = cut(UNCUT, masks, images and mean_activations(UNCUT, images))
+    thin = cut(UNCUT, masks, images and mean_inputs(UNCUT, images))
     short = cut_units(thin, keep_units(thin, 0.5), mean_outputs(thin, images) if images else None)
     found = slim(UNCUT, masks, settings, lines if compensate else None)
     assert bits_of(found) == bits_of(cut_head(short, 2))

@@ -8,7 +8,7 @@ from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import Run, fit, start
 from pruning.cost import latency_ms, parameters
-from pruning.gammas import absolute_gammas, gamma_statistics, prunable, share_zero
+from pruning.gammas import absolute_gammas, gamma_statistics, norms_of, share_zero
 from pruning.settings import SparseSettings
 from pruning.sparsity import FLOOR, Polarization, Proximal, Subgradient, penalty_of
 from tests.conftest import random_recogniser
@@ -20,9 +20,9 @@ def run_of(model: Recogniser) -> Run:
 
 def test_proximal_step_is_soft_thresholding() -> None:
     model = random_recogniser()
-    before = [layer.weight.detach().clone() for layer in prunable(model).values()]
+    before = [layer.weight.detach().clone() for layer in norms_of(model).values()]
     Proximal(2.0).after_step(run_of(model), learning_rate=0.1, progress=0.5)
-    for old, new in zip(before, prunable(model).values(), strict=True):
+    for old, new in zip(before, norms_of(model).values(), strict=True):
         expected = torch.nn.functional.softshrink(old, 0.2)
         assert torch.allclose(new.weight, expected)
     assert gamma_statistics(model)["gamma/share_zero"] > 0.05
@@ -30,7 +30,7 @@ def test_proximal_step_is_soft_thresholding() -> None:
 
 def test_polarization_steps_down_its_own_gradient() -> None:
     model = random_recogniser()
-    for layer in prunable(model).values():
+    for layer in norms_of(model).values():
         layer.weight.data.abs_().clamp_(0.05, 0.95)
     gammas = torch.cat(absolute_gammas(model)).requires_grad_()
     (1.2 * gammas.abs().sum() - (gammas - gammas.mean()).abs().sum()).backward()
@@ -42,10 +42,10 @@ def test_polarization_steps_down_its_own_gradient() -> None:
 
 def test_subgradient_adds_the_sign_to_the_gradient() -> None:
     model = random_recogniser()
-    for layer in prunable(model).values():
+    for layer in norms_of(model).values():
         layer.weight.grad = torch.ones_like(layer.weight)
     Subgradient(0.25).before_step(run_of(model), learning_rate=0.1, progress=0.5)
-    for layer in prunable(model).values():
+    for layer in norms_of(model).values():
         assert torch.equal(layer.weight.grad, 1 + 0.25 * layer.weight.sign())
 
 
@@ -67,11 +67,11 @@ def test_each_penalty_shrinks_the_gammas_in_training(
 
 def test_statistics_of_known_gammas() -> None:
     model = random_recogniser(width=0.02)
-    for layer in prunable(model).values():
+    for layer in norms_of(model).values():
         layer.weight.data.fill_(0.5)
-    next(iter(prunable(model).values())).weight.data[:1] = 0
+    next(iter(norms_of(model).values())).weight.data[:1] = 0
     statistics = gamma_statistics(model)
-    channels = sum(layer.num_features for layer in prunable(model).values())
+    channels = sum(layer.num_features for layer in norms_of(model).values())
     assert statistics["gamma/q50"] == 0.5
     assert statistics["gamma/share_zero"] == pytest.approx(1 / channels)
     assert statistics["gamma/share_near_zero"] == statistics["gamma/share_zero"]
@@ -106,7 +106,7 @@ def test_auto_reaches_its_target_in_exact_zeros_and_leaves_every_layer_its_floor
     for gamma, floor in zip(gammas, floors, strict=True):
         assert (gamma > 0).sum() >= floor
     dead = torch.cat(gammas) == 0
-    assert (torch.cat([layer.bias for layer in prunable(model).values()])[dead] == 0).all()
+    assert (torch.cat([layer.bias for layer in norms_of(model).values()])[dead] == 0).all()
     assert run.memory["deaths"][dead].sort().values.tolist() == list(range(1, int(dead.sum()) + 1))
     assert (run.memory["deaths"][~dead] == 0).all()
 
@@ -121,7 +121,7 @@ def test_auto_takes_the_channels_that_matter_least(lines: Lines) -> None:
     mask[:, unread] = 0
     convolutions[5].weight.data.mul_(mask)
     convolutions[5].weight.register_hook(lambda grad: grad * mask)
-    list(prunable(model).values())[4].weight.data[unread] = 2.0
+    list(norms_of(model).values())[4].weight.data[unread] = 2.0
     settings = SparseSettings(epochs=30, batch_size=4, target_ratio=0.2)
     fit(start(model, settings, 0), lines, settings, penalty_of(settings))
     assert (absolute_gammas(model)[4][unread] == 0).all()

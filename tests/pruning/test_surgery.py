@@ -7,19 +7,22 @@ from torch import Tensor, nn
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings
 from pruning.cost import parameters
-from pruning.gammas import absolute_gammas, prunable
+from pruning.coupling import LSTM_INPUTS, groups_of
+from pruning.gammas import absolute_gammas, norms_of
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
-from pruning.surgery import LSTM_INPUTS, cut, mean_activations, revive
+from pruning.surgery import cut, mean_inputs, revive
 from tests.conftest import random_recogniser
 
 
 def silence(model: Recogniser, masks: list[Tensor], beta: float = 0.0) -> None:
-    """Gamma of the channels to be cut to zero, their beta to a constant."""
+    """Gammas of the channels to be cut to zero, their betas to a constant."""
+    norms = norms_of(model)
     with torch.no_grad():
-        for layer, mask in zip(prunable(model).values(), masks, strict=True):
-            layer.weight[~mask] = 0
-            layer.bias[~mask] = beta
+        for group, mask in zip(groups_of(model), masks, strict=True):
+            for name, channels in group.norms.items():
+                norms[name].weight[~mask[channels]] = 0
+                norms[name].bias[~mask[channels]] = beta
 
 
 def random_masks(model: Recogniser, ratio: float, min_channels: int = 1) -> list[Tensor]:
@@ -80,7 +83,7 @@ def test_the_uncut_network_is_left_as_it_is() -> None:
     model = random_recogniser()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     masks = random_masks(model, 0.5)
-    cut(model, masks, [torch.ones(len(mask), dtype=torch.float64) for mask in masks])
+    cut(model, masks, mean_inputs(model, [torch.ones(1, 3, 32, 32, dtype=torch.float64)]))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -91,10 +94,15 @@ def constant_channels(beta: float) -> tuple[Recogniser, list[Tensor], Tensor]:
     return model, masks, torch.randn(2, 3, 32, 480, dtype=torch.float64)
 
 
+def read_means(means: dict[str, Tensor]) -> list[Tensor]:
+    """Of every group; the first layer reads the image."""
+    return list(means.values())[1:]
+
+
 @pytest.mark.parametrize("beta", [0.7, -0.7])
-def test_mean_activations_of_silent_channels_are_relu_of_beta(beta: float) -> None:
+def test_the_means_of_silent_channels_are_relu_of_beta(beta: float) -> None:
     model, masks, images = constant_channels(beta)
-    for mean, mask in zip(mean_activations(model, [images]), masks, strict=True):
+    for mean, mask in zip(read_means(mean_inputs(model, [images])), masks, strict=True):
         assert torch.allclose(mean[~mask], torch.full_like(mean[~mask], max(beta, 0)))
 
 
@@ -106,12 +114,12 @@ def test_compensation_is_exact_away_from_the_padded_border() -> None:
     whole network with its padding filled as if the channel went on beyond the border.
     """
     model, masks, images = constant_channels(0.7)
-    means = mean_activations(model, [images])
+    means = mean_inputs(model, [images])
     compact, dropped = cut(model, masks, means).eval(), cut(model, masks).eval()
     with torch.inference_mode():
-        whole = border_free(model, images, masks, means)
-        folded = border_free(compact, images, None, means)
-        lost = border_free(dropped, images, None, means)
+        whole = border_free(model, images, masks, read_means(means))
+        folded = border_free(compact, images, None, [])
+        lost = border_free(dropped, images, None, [])
     assert (whole - folded).abs().max() < 1e-9
     assert (whole - lost).abs().max() > 1e-2
 
@@ -125,7 +133,7 @@ def border_free(
         model: Uncut with masks, or compact without.
         images: (N, 3, 32, W).
         masks: Channels that are constant are False; None where they are gone already.
-        means: Their values.
+        means: Their values, where masks are given.
     """
     x, layer = images, 0
     for module in model.cnn:
@@ -169,7 +177,7 @@ def test_faded_channels_that_are_kept_start_again_from_the_same_function() -> No
 def test_compensation_stays_nearer_to_the_uncut_network_than_dropping() -> None:
     """With the zero-padded border as it is; 32 rows leave no frame that does not see it."""
     model, masks, images = constant_channels(0.4)
-    means = mean_activations(model, [images])
+    means = mean_inputs(model, [images])
     with torch.inference_mode():
         truth = model.cnn(images)[:, masks[-1]]
         folded = (cut(model, masks, means).eval().cnn(images) - truth).square().mean()

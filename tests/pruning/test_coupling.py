@@ -1,0 +1,127 @@
+"""Groups of coupled channels, and cuts of every backbone against the masked network."""
+
+import copy
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crnn.charset import Charset
+from crnn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from crnn.networks.recogniser import Recogniser
+from pruning.cost import macs, parameters
+from pruning.coupling import LSTM_INPUTS, groups_of
+from pruning.gammas import absolute_gammas, norms_of, widths
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings
+from pruning.surgery import cut, mean_inputs, refuse_uncuttable, revive
+from tests.conftest import random_recogniser
+from tests.pruning.test_surgery import silence
+
+BACKBONES = ["vgg13", "mobilenetv3_small_100", "mobilenetv3_large_100", "ghostnet_100"]
+BACKBONES += ["resnet34", "repvgg_a0"]
+
+
+def random_network(backbone: str) -> Recogniser:
+    return random_recogniser(width=0.2 if backbone == "vgg13" else 1.0, backbone=backbone)
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def network(request: pytest.FixtureRequest) -> Recogniser:
+    return random_network(request.param)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 64, dtype=torch.float64)
+
+
+def test_the_groups_of_vgg13_are_its_closed_form() -> None:
+    """One for each convolution: its rows, its BatchNorm, and the columns of what reads it."""
+    model = random_network("vgg13")
+    convolutions = [f"cnn.{n}" for n, m in model.cnn.named_modules() if isinstance(m, nn.Conv2d)]
+    groups = groups_of(model)
+    assert [group.name for group in groups] == list(norms_of(model))
+    for index, group in enumerate(groups):
+        readers = [f"{name}.weight" for name in convolutions[index + 1 : index + 2]]
+        parts = ("weight", "bias", "running_mean", "running_var")
+        axes = {(f"{convolutions[index]}.weight", 0)}
+        axes |= {(f"{group.name}.{part}", 0) for part in parts}
+        axes |= {(name, 1) for name in readers or LSTM_INPUTS}
+        assert set(group.axes) == axes
+        for channels in [*group.axes.values(), *group.norms.values()]:
+            assert channels.tolist() == list(range(group.size))
+
+
+def test_every_norm_is_in_one_group(network: Recogniser) -> None:
+    named = [name for group in groups_of(network) for name in group.norms]
+    assert sorted(named) == sorted(norms_of(network))
+    for group in groups_of(network):
+        for channels in group.axes.values():
+            assert set(channels.tolist()) == set(range(group.size))
+
+
+def test_masked_and_compact_networks_agree_and_shrink_with_the_ratio(
+    network: Recogniser, images: Tensor
+) -> None:
+    costs = [(macs(network), parameters(network)["total"])]
+    for ratio in (0.3, 0.62, 0.87):
+        masked = copy.deepcopy(network)
+        masks = keep_masks(absolute_gammas(masked), ratio, PruneSettings())
+        silence(masked, masks)
+        compact = cut(masked, masks)
+        with torch.inference_mode():
+            assert (masked(images) - compact(images)).abs().max() < 1e-9
+        for group, mask in zip(groups_of(network), masks, strict=True):
+            for name, channels in group.norms.items():
+                assert norms_of(compact)[name].num_features == int(mask[channels].sum())
+        costs.append((macs(compact), parameters(compact)["total"]))
+    for before, after in pairwise(costs):
+        assert after[0] < before[0]
+        assert after[1] < before[1]
+
+
+def test_faded_channels_start_again_from_the_same_function(
+    network: Recogniser, images: Tensor
+) -> None:
+    model = copy.deepcopy(network)
+    masks = keep_masks(absolute_gammas(model), 0.6, PruneSettings())
+    silence(model, masks)
+    generous = [mask | (torch.arange(len(mask)) % 3 == 0) for mask in masks]
+    with torch.inference_mode():
+        before = model(images)
+    revive(model, generous)
+    compact = cut(model, generous)
+    assert all((gamma > 0).all() for gamma in absolute_gammas(compact))
+    with torch.inference_mode():
+        assert (before - compact(images)).abs().max() < 1e-9
+
+
+def test_constants_are_kept_better_than_dropped(network: Recogniser, images: Tensor) -> None:
+    model = copy.deepcopy(network)
+    masks = keep_masks(absolute_gammas(model), 0.5, PruneSettings())
+    silence(model, masks, beta=0.4)
+    folded = cut(model, masks, mean_inputs(model, [images]))
+    with torch.inference_mode():
+        truth = model(images)
+        kept = (folded(images) - truth).square().mean()
+        dropped = (cut(model, masks)(images) - truth).square().mean()
+    assert kept < dropped
+
+
+def test_a_cut_network_is_saved_and_loaded_to_the_same_bits(
+    network: Recogniser, images: Tensor, tmp_path: Path
+) -> None:
+    masks = keep_masks(absolute_gammas(network), 0.62, PruneSettings())
+    compact = cut(network, masks).float().eval()
+    save_checkpoint(tmp_path / "cut", Checkpoint(compact, Charset("0123456789"), 160, "prune"))
+    loaded = load_checkpoint(tmp_path / "cut").model
+    with torch.inference_mode():
+        assert torch.equal(loaded(images.float()), compact(images.float()))
+    assert widths(loaded) == widths(compact)
+
+
+def test_what_can_be_cut_is_proven(network: Recogniser) -> None:
+    refuse_uncuttable(network)
