@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PLAIN_ALPHABET = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 """Digits and capitals without I and O, which many fonts draw like 1 and 0."""
 
+VGG13 = "vgg13"
+"""The backbone of the article, the only one with a width factor."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -71,15 +74,16 @@ class ModelSettings(Settings):
     timm, which has the channels it has.
     """
 
-    backbone: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")] = "vgg13"
+    backbone: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")] = VGG13
     width: Annotated[float, Field(gt=0, le=4)] = 1.0
     hidden: Annotated[int, Field(ge=1, le=1024)] = 48
 
     @model_validator(mode="after")
     def _width_of_vgg13_alone(self) -> Self:
-        if self.width != 1 and self.backbone != "vgg13":
+        if self.width != 1 and self.backbone != VGG13:
             raise ValueError(
-                f"width is for vgg13 alone; {self.backbone} has no other than 1, not {self.width:g}"
+                f"width is for {VGG13} alone; {self.backbone} has no other than 1, not"
+                f" {self.width:g}"
             )
         return self
 

@@ -12,7 +12,7 @@ from crnn.charset import Charset
 from crnn.data.sources import Dataset, open_source
 from crnn.errors import CheckpointError
 from crnn.files import sha256, write_atomic
-from crnn.settings import DataSettings, Settings, TrainSettings
+from crnn.settings import VGG13, DataSettings, ModelSettings, Settings, TrainSettings
 from flows import display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
@@ -199,9 +199,21 @@ def open_sources(experiment: Experiment) -> list[Dataset]:
         CheckpointError: No checkpoint where the settings name one.
     """
     given_charset(experiment.data)
+    if experiment.model.backbone != VGG13:
+        _refuse_backbone(experiment.model)
     if experiment.baseline.checkpoint is not None:
         _digest_of_file(Path(experiment.baseline.checkpoint))
     return [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
+
+
+def _refuse_backbone(settings: ModelSettings) -> None:
+    """Raise a SettingsError where a network of timm cannot serve, before anything is started."""
+    import torch
+
+    from crnn.networks.recogniser import Recogniser
+
+    with torch.device("meta"):
+        Recogniser(settings, 2)
 
 
 def fingerprint(experiment: Experiment) -> str:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from pydantic_core import ErrorDetails
 
 from crnn.errors import SettingsError
-from crnn.settings import BaselineSettings, DataSettings, ModelSettings, Settings
+from crnn.settings import VGG13, BaselineSettings, DataSettings, ModelSettings, Settings
 from pruning.settings import FinetuneSettings, PruneSettings, SparseSettings
 
 
@@ -97,6 +97,11 @@ class Experiment(Settings):
                 raise ValueError(
                     f"controls.ratios are among the experiment's ratios ({known}); {ratio:g} is not"
                 )
+        if self.controls.small and self.model.backbone != VGG13:
+            raise ValueError(
+                f"controls.small needs a width factor, which {VGG13} alone has; model.backbone is"
+                f" {self.model.backbone}"
+            )
         if (self.controls.scratch or self.controls.small) and not self.ratios:
             raise ValueError("controls belong to ratios, and this experiment has targets alone")
         return self

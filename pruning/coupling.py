@@ -7,9 +7,11 @@ on what; here that becomes groups of channels, each of which is kept or cut by i
 
 import copy
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import networkx
 import torch
@@ -116,17 +118,49 @@ def _dependent_entries(model: Recogniser) -> networkx.Graph:
     names = {module: name for name, module in probe.named_modules()}
     entries = networkx.Graph()
     for layer in [m for m in graph.module2node if isinstance(m, nn.Conv2d) and names[m] != LSTM]:
-        pruner = graph.get_pruner_of_module(layer).prune_out_channels
-        for item in graph.get_pruning_group(layer, pruner, range(layer.out_channels)):
-            target = item.dep.target.module
-            if target in names:
-                out = graph.is_out_channel_pruning_fn(item.dep.handler)
-                side = (names[target], "out" if out else "in")
-                entries.add_edges_from(
-                    (((names[layer], "out"), origin), (side, entry))
-                    for entry, origin in zip(item.idxs, item.root_idxs, strict=True)
-                )
+        root = (names[layer], "out")
+        if not all((root, entry) in entries for entry in range(layer.out_channels)):
+            for target, side, found in _dependents(graph, layer):
+                if target in names:
+                    entries.add_edges_from(
+                        ((root, e.root_idx), ((names[target], side), e.idx)) for e in found
+                    )
     return entries
+
+
+class _Entry(NamedTuple):
+    """An entry of a layer, and the one of the first layer that it depends on; TP's own names."""
+
+    idx: int
+    root_idx: int
+
+
+def _dependents(graph: Any, layer: nn.Conv2d) -> Iterator[tuple[Any, str, set[_Entry]]]:
+    """What depends on the output channels of a layer: each layer or operation, side and entries.
+
+    The graph's own get_pruning_group forgets that an entry depends on two, and compares every list
+    of entries with every other, which takes minutes where many layers are coupled.
+    """
+    seen: dict[tuple[Any, Any], set[_Entry]] = defaultdict(set)
+    first = {_Entry(i, i) for i in range(layer.out_channels)}
+    waiting = [
+        (graph.module2node[layer], graph.get_pruner_of_module(layer).prune_out_channels, first)
+    ]
+    while waiting:
+        node, pruner, given = waiting.pop()
+        entries = given - seen[node, pruner]
+        if not entries:
+            continue
+        seen[node, pruner] |= entries
+        yield node.module, "out" if graph.is_out_channel_pruning_fn(pruner) else "in", entries
+        for dependency in node.dependencies:
+            if dependency.is_triggered_by(pruner):
+                mapped: Any = sorted(entries)
+                for mapping in dependency.index_mapping:
+                    mapped = mapped if mapping is None else mapping(mapped)
+                waiting.append(
+                    (dependency.target, dependency.handler, {_Entry(*entry) for entry in mapped})
+                )
 
 
 @contextmanager

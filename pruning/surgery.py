@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from crnn.checkpoint import recogniser_of
 from crnn.data.images import HEIGHT
-from crnn.errors import SettingsError
+from crnn.errors import CheckpointError, SettingsError
 from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
 from pruning.coupling import LSTM, LSTM_INPUTS, Group, groups_of
 from pruning.gammas import norms_of
@@ -78,10 +78,27 @@ def refuse_uncuttable(model: Recogniser) -> None:
     """Prove that a network computes the same without channels that have faded.
 
     Raises:
-        SettingsError: It does not: something gives a channel a value that no BatchNorm scales.
+        SettingsError: It does not: its channels are coupled in a way that the dependency graph
+            cannot follow, or something gives them a value that no BatchNorm scales.
     """
-    if not groups_of(model):
-        raise SettingsError(f"model.backbone {model.settings.backbone} has no channels to cut")
+    try:
+        difference = _difference_without_half(model)
+    except (IndexError, RuntimeError, CheckpointError) as error:
+        raise _uncuttable(
+            model, f"its channels are coupled as no rule here follows ({error})"
+        ) from error
+    if not difference < TOLERANCE:
+        raise _uncuttable(
+            model, f"without channels whose scales are zero its logits change by {difference:.1g}"
+        )
+
+
+def _uncuttable(model: Recogniser, reason: str) -> SettingsError:
+    return SettingsError(f"model.backbone {model.settings.backbone} cannot be cut: {reason}")
+
+
+def _difference_without_half(model: Recogniser) -> float:
+    """Largest change of a logit, in float64, when half of the channels, all faded, are cut."""
     masked = copy.deepcopy(model).cpu().double().eval()
     chance = torch.Generator().manual_seed(0)
     masks = []
@@ -95,12 +112,7 @@ def refuse_uncuttable(model: Recogniser) -> None:
         masks.append(mask)
     image = torch.rand(1, 3, HEIGHT, 32, generator=chance).double()
     with torch.inference_mode():
-        difference = float((masked(image) - cut(masked, masks)(image)).abs().max())
-    if not difference < TOLERANCE:
-        raise SettingsError(
-            f"model.backbone {model.settings.backbone} cannot be cut: without channels whose"
-            f" BatchNorm scales are zero its logits change by {difference:.1g}"
-        )
+        return float((masked(image) - cut(masked, masks)(image)).abs().max())
 
 
 def _fold(

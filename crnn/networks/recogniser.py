@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from crnn.networks.vgg import STRIDE, VGG13, vgg13
-from crnn.settings import ModelSettings
+from crnn.networks.vgg import STRIDE, vgg13
+from crnn.settings import VGG13, ModelSettings
 
 INITIAL_GAMMA = 0.5
 """BatchNorm scale at the start (Liu et al. 2017, section 4.1)."""

@@ -60,6 +60,8 @@ def timm_backbone(name: str) -> tuple[TimmBackbone, int]:
     if not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         raise _cannot_serve(name, "it has no BatchNorm, whose scales say what to cut")
     for module in net.modules():
+        if isinstance(module, nn.Conv2d) and 1 < module.groups != module.out_channels:
+            raise _cannot_serve(name, "it has grouped convolutions that are not depthwise")
         if isinstance(module, GhostModule):
             _drop_idle_slice(name, module)
     backbone = TimmBackbone(net).eval()
@@ -104,8 +106,8 @@ def _keep_width(module: Any, inputs: tuple[Tensor, ...]) -> None:
     if strides[0] < 2 or inputs[0].shape[3] > PROBE_WIDTH // STRIDE:
         return
     module.stride = (strides[0], 1)
-    if isinstance(module, nn.AvgPool2d):  # Its windows do not overlap, so they become one wide.
-        module.kernel_size = (strides[0], 1)
+    if getattr(module, "kernel_size", None) in (strides[0], strides):
+        module.kernel_size = (strides[0], 1)  # Windows that did not overlap shall not begin to.
 
 
 def _drop_idle_slice(name: str, module: Any) -> None:

@@ -5,9 +5,6 @@ from torch import nn
 CHANNELS = (64, 64, 128, 128, 256, 256, 512, 512, 512, 512)
 """Output channels of the ten convolutions at width 1."""
 
-VGG13 = "vgg13"
-"""What the settings call it."""
-
 STRIDE = 4
 """Pixels of image width for each frame of the output."""
 

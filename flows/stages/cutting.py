@@ -7,6 +7,7 @@ from torch import Tensor
 from crnn.checkpoint import Checkpoint, load_checkpoint
 from crnn.devices import best_device
 from crnn.evaluation import evaluate
+from crnn.networks.deploy import deployed
 from flows.cache import MODEL
 from flows.rows import ACCURACY
 from flows.stages.sparse import start_of_cut
@@ -63,7 +64,7 @@ def prune(work: Work) -> Outcome:
 
 
 def measure(work: Work) -> Outcome:
-    """Parameters, multiply-adds, bytes and latency of a network."""
+    """Parameters, multiply-adds, bytes and latency of a network, as trained and as it ships."""
     path = work.input("model")
     model = load_checkpoint(path).model
     figures = {
@@ -72,5 +73,9 @@ def measure(work: Work) -> Outcome:
         "cost/bytes": float(path.stat().st_size),
         "cost/latency_ms": latency_ms(model),
     }
+    if shipped := deployed(model):
+        figures["cost/params_deployed"] = float(parameters(shipped)["total"])
+        figures["cost/macs_deployed"] = float(macs(shipped))
+        figures["cost/latency_deployed_ms"] = latency_ms(shipped)
     work.write_json("cost.json", figures)
     return "cost.json", figures

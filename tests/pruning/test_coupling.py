@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import Recogniser
 from pruning.cost import macs, parameters
 from pruning.coupling import LSTM_INPUTS, groups_of
@@ -121,6 +122,19 @@ def test_a_cut_network_is_saved_and_loaded_to_the_same_bits(
     with torch.inference_mode():
         assert torch.equal(loaded(images.float()), compact(images.float()))
     assert widths(loaded) == widths(compact)
+
+
+def test_the_deployed_form_of_a_cut_agrees_and_is_smaller(images: Tensor) -> None:
+    model = random_network("repvgg_a0")
+    compact = cut(model, keep_masks(absolute_gammas(model), 0.5, PruneSettings()))
+    shipped = deployed(compact)
+    assert shipped is not None
+    assert not norms_of(shipped)
+    with torch.inference_mode():
+        assert (shipped(images) - compact(images)).abs().max() < 1e-9
+    assert macs(shipped) < macs(compact)
+    assert deployed(random_network("vgg13")) is None
+    assert deployed(random_network("mobilenetv3_small_100")) is None
 
 
 def test_what_can_be_cut_is_proven(network: Recogniser) -> None:

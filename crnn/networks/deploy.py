@@ -1,0 +1,24 @@
+"""The form of a network that ships: branches that only training needs, folded away."""
+
+import copy
+
+from crnn.networks.recogniser import Recogniser
+from crnn.settings import VGG13
+
+
+def deployed(model: Recogniser) -> Recogniser | None:
+    """The same function with fewer layers; None where the network has none too many.
+
+    Structural re-parameterisation of RepVGG (Ding et al. 2021, arXiv:2101.03697): a block's
+    convolutions, BatchNorms and identity become one convolution. For evaluation only.
+
+    Args:
+        model: In its training form; left as it is.
+    """
+    if model.settings.backbone == VGG13:
+        return None
+    from timm.models import reparameterize_model
+
+    folded = copy.deepcopy(model).eval()
+    folded.cnn = reparameterize_model(folded.cnn, inplace=True)
+    return None if folded.state_dict().keys() == model.state_dict().keys() else folded
