@@ -102,13 +102,29 @@ class TrainSettings(Settings):
 
 
 class BaselineSettings(TrainSettings):
-    """The baseline stage. From a checkpoint it may also train no epoch at all."""
+    """The baseline stage. From a checkpoint it may also train no epoch at all.
+
+    distill is the weight of learning from the experiment's teacher beside the labels.
+    """
 
     epochs: Annotated[int, Field(ge=0)]
     checkpoint: str | None = None
+    distill: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _trained_somewhere(self) -> Self:
         if self.epochs == 0 and self.checkpoint is None:
             raise ValueError("epochs may be 0 only where a checkpoint is given")
+        return self
+
+
+class TeacherSettings(BaselineSettings):
+    """A network that teaches the others, and how it is trained itself, or its checkpoint."""
+
+    model: ModelSettings = ModelSettings()
+
+    @model_validator(mode="after")
+    def _has_no_teacher(self) -> Self:
+        if self.distill is not None:
+            raise ValueError("distill is for those who are taught, and a teacher is not")
         return self

@@ -12,10 +12,23 @@ from crnn.charset import Charset
 from crnn.data.sources import Dataset, open_source
 from crnn.errors import CheckpointError
 from crnn.files import sha256, write_atomic
-from crnn.settings import VGG13, DataSettings, ModelSettings, Settings, TrainSettings
+from crnn.settings import (
+    VGG13,
+    BaselineSettings,
+    DataSettings,
+    ModelSettings,
+    Settings,
+    TeacherSettings,
+    TrainSettings,
+)
 from flows import display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
+
+Upstream = dict[str, Manifest]
+"""Finished stages by the name of what they are to the next one."""
+
+TEACHER = "teacher"
 
 VERSIONS = {
     "data": 1,
@@ -54,27 +67,69 @@ def of_seed(experiment: Experiment, seed: int) -> str:
     return f" seed {seed}" if len(experiment.training_seeds) > 1 else ""
 
 
-def baseline_stage(experiment: Experiment, data: Manifest, seed: int) -> Stage:
-    """The uncut network, trained from scratch or from a checkpoint, whose content counts."""
-    settings = _training(experiment.baseline, seed)
-    if experiment.baseline.checkpoint is None:
-        settings["model"] = _dump(experiment.model)
-    else:
-        settings["checkpoint"] = _digest_of_file(Path(experiment.baseline.checkpoint))
-    label = f"baseline{of_seed(experiment, seed)}"
+def teacher_stage(
+    experiment: Experiment, teacher: TeacherSettings, data: Manifest, seed: int
+) -> Stage:
+    """The network that teaches; one and the same with the baseline that another one may be."""
+    settings = _initial(teacher, teacher.model, seed)
+    label = f"{TEACHER}{of_seed(experiment, seed)}"
     return Stage("baseline", label, settings, {"data": data}, VERSIONS["baseline"])
 
 
-def sparse_stage(experiment: Experiment, data: Manifest, baseline: Manifest, seed: int) -> Stage:
-    """The uncut network under a sparsity penalty. One serves every ratio."""
+def baseline_stage(experiment: Experiment, upstream: Upstream, seed: int) -> Stage:
+    """The uncut network, trained from scratch or from a checkpoint, whose content counts.
+
+    Args:
+        experiment: Its definition.
+        upstream: The stages "data" and, where there is one, "teacher".
+        seed: Of weights, data order and augmentation.
+    """
+    settings = _initial(experiment.baseline, experiment.model, seed)
+    inputs = _taught(upstream, ["data"], experiment.baseline.distill or 0)
+    label = f"baseline{of_seed(experiment, seed)}"
+    return Stage("baseline", label, settings, inputs, VERSIONS["baseline"])
+
+
+def _initial(section: BaselineSettings, model: ModelSettings, seed: int) -> dict[str, Any]:
+    """Settings of a training that starts with fresh weights or a checkpoint."""
+    settings = _training(section, seed)
+    settings["train"].pop("model", None)
+    if section.checkpoint is None:
+        return {**settings, "model": _dump(model)}
+    return {**settings, "checkpoint": _digest_of_file(Path(section.checkpoint))}
+
+
+def checkpoint_of(experiment: Experiment, stage: Stage) -> str | None:
+    """Path of the checkpoint that a stage starts from."""
+    sections = [experiment.baseline, *([experiment.teacher] if experiment.teacher else [])]
+    paths = [section.checkpoint for section in sections if section.checkpoint]
+    digest = stage.settings.get("checkpoint")
+    return next((path for path in paths if _digest_of_file(Path(path)) == digest), None)
+
+
+def _taught(upstream: Upstream, names: list[str], weight: float) -> Upstream:
+    """Those inputs of a stage, and the teacher where the stage is taught and there is one."""
+    teacher = ["teacher"] if weight and "teacher" in upstream else []
+    return {name: upstream[name] for name in names + teacher}
+
+
+def sparse_stage(experiment: Experiment, upstream: Upstream, seed: int) -> Stage:
+    """The uncut network under a sparsity penalty. One serves every ratio.
+
+    Args:
+        experiment: Its definition.
+        upstream: The stages "data", "baseline" and, where there is one, "teacher".
+        seed: Of data order and augmentation, and of weights where it does not start from the
+            baseline.
+    """
     settings = _training(experiment.sparse, seed)
     if experiment.sparse.method != "auto":
         del settings["train"]["target_ratio"]  # It sets nothing there.
-    inputs = {"data": data}
-    if experiment.sparse.from_baseline:
-        inputs["baseline"] = baseline
-    else:
+    names = ["data", "baseline"]
+    if not experiment.sparse.from_baseline:
+        names.remove("baseline")
         settings["model"] = _dump(experiment.model)
+    inputs = _taught(upstream, names, experiment.sparse.distill)
     label = f"sparse{of_seed(experiment, seed)}"
     return Stage("sparse", label, settings, inputs, VERSIONS["sparse"])
 
@@ -103,28 +158,24 @@ def prune_stage(
     return Stage("prune", label, settings, inputs, VERSIONS["prune"])
 
 
-def finetune_stage(
-    experiment: Experiment, upstream: dict[str, Manifest], ratio: float, seed: int
-) -> Stage:
+def finetune_stage(experiment: Experiment, upstream: Upstream, ratio: float, seed: int) -> Stage:
     """The cut network, trained on.
 
     Args:
         experiment: Its definition.
-        upstream: The stages "data", "baseline", which may teach, and "prune".
+        upstream: The stages "data", "prune", "baseline" and, where there is one, "teacher".
         ratio: Of the cut.
         seed: Of data order and augmentation.
     """
     settings = _training(experiment.finetune, seed)
-    inputs = dict(upstream)
-    if not experiment.finetune.distill:
-        del inputs["baseline"]
+    distill = experiment.finetune.distill
+    by_baseline = ["baseline"] if distill and "teacher" not in upstream else []
+    inputs = _taught(upstream, ["data", "prune", *by_baseline], distill)
     label = f"finetune {ratio:g}{of_seed(experiment, seed)}"
     return Stage("finetune", label, settings, inputs, VERSIONS["finetune"])
 
 
-def control_stage(
-    experiment: Experiment, kind: str, upstream: dict[str, Manifest], seed: int
-) -> Stage:
+def control_stage(experiment: Experiment, kind: str, upstream: Upstream, seed: int) -> Stage:
     """A network that was not slimmed, trained with the multiply-adds of one that was.
 
     The schedule is the baseline's (batch size, learning rate, weight decay, augmentation,
@@ -135,12 +186,13 @@ def control_stage(
     Args:
         experiment: Its definition.
         kind: "scratch" or "small".
-        upstream: The stages "data", "baseline" and "prune".
+        upstream: The stages "data", "baseline", "prune" and, where there is one, "teacher".
         seed: Of weights, data order and augmentation.
     """
     settings = _training(experiment.baseline, seed)
     uncut_epochs, inputs = experiment.sparse.epochs, dict(upstream)
     epochs = settings["train"].pop("epochs")
+    settings["train"].pop("distill", None)  # A control has no teacher.
     if experiment.sparse.from_baseline:
         uncut_epochs += epochs
     else:
@@ -150,18 +202,22 @@ def control_stage(
         "taught_epochs": _taught_epochs(experiment),
         "cut_epochs": experiment.finetune.epochs,
     }
+    if experiment.teacher:
+        settings["teacher_epochs"] = experiment.teacher.epochs
     ratio = upstream["prune"].settings["basis_points"] / 10_000
     label = f"{kind} {ratio:g}{of_seed(experiment, seed)}"
     return Stage(kind, label, settings, inputs, VERSIONS[kind])
 
 
 def _taught_epochs(experiment: Experiment) -> int:
-    """Epochs of a slimming path in which the baseline read along."""
-    sections = (
-        (experiment.sparse.epochs, experiment.sparse.teaching),
-        (experiment.finetune.epochs, experiment.finetune.distill),
+    """Epochs of a slimming path in which a teacher read along."""
+    sparse, finetune, baseline = experiment.sparse, experiment.finetune, experiment.baseline
+    in_sparse = sparse.distill and (sparse.from_baseline or experiment.teacher)
+    return (
+        (sparse.epochs if in_sparse else 0)
+        + (finetune.epochs if finetune.distill else 0)
+        + (baseline.epochs if baseline.distill and sparse.from_baseline else 0)
     )
-    return sum(epochs for epochs, weight in sections if weight)
 
 
 def measure_stage(model: Manifest) -> Stage:
@@ -199,10 +255,13 @@ def open_sources(experiment: Experiment) -> list[Dataset]:
         CheckpointError: No checkpoint where the settings name one.
     """
     given_charset(experiment.data)
-    if experiment.model.backbone != VGG13:
-        _refuse_backbone(experiment.model)
-    if experiment.baseline.checkpoint is not None:
-        _digest_of_file(Path(experiment.baseline.checkpoint))
+    for model in (experiment.model, *([experiment.teacher.model] if experiment.teacher else [])):
+        if model.backbone != VGG13:
+            _refuse_backbone(model)
+    sections = [experiment.baseline, *([experiment.teacher] if experiment.teacher else [])]
+    for section in sections:
+        if section.checkpoint is not None:
+            _digest_of_file(Path(section.checkpoint))
     return [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
 
 

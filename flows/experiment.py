@@ -10,7 +10,14 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from pydantic_core import ErrorDetails
 
 from crnn.errors import SettingsError
-from crnn.settings import VGG13, BaselineSettings, DataSettings, ModelSettings, Settings
+from crnn.settings import (
+    VGG13,
+    BaselineSettings,
+    DataSettings,
+    ModelSettings,
+    Settings,
+    TeacherSettings,
+)
 from pruning.settings import FinetuneSettings, PruneSettings, SparseSettings
 
 
@@ -68,6 +75,8 @@ class Experiment(Settings):
         seeds: In place of seed for all but the text: the whole way from the baseline to the
             frontier is gone once for each, on the same data, and a point is their mean.
         ratios: Shares of the channels to remove, one point of the frontier each.
+        teacher: Who teaches where a section's distill is not 0; None: the baseline teaches sparse
+            training and fine-tuning.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -77,6 +86,7 @@ class Experiment(Settings):
     data: DataSettings
     model: ModelSettings = ModelSettings()
     baseline: BaselineSettings
+    teacher: TeacherSettings | None = None
     sparse: SparseSettings
     prune: PruneSettings = PruneSettings()
     finetune: FinetuneSettings
@@ -87,6 +97,12 @@ class Experiment(Settings):
     def _something_to_cut(self) -> Self:
         if not self.ratios and not self.prune.targets.wishes():
             raise ValueError("give ratios, prune.targets, or both")
+        return self
+
+    @model_validator(mode="after")
+    def _taught_by_somebody(self) -> Self:
+        if self.baseline.distill and not self.teacher:
+            raise ValueError("baseline.distill needs a teacher section, and there is none")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import StoppedError
+from crnn.settings import TeacherSettings
 from flows import children, definitions, display, project, report
 from flows.cache import READINESS, Manifest, Stage
 from flows.experiment import Experiment
@@ -58,18 +59,25 @@ def data(context: Context) -> Any:
     return run_stage(context, definitions.data_stage(context.experiment))
 
 
-@task(cache_policy=NO_CACHE, task_run_name="baseline{context.of_seed}")
-def baseline(context: Context, samples: Manifest) -> Any:
-    """Train the uncut network."""
-    stage = definitions.baseline_stage(context.experiment, samples, context.seed)
+@task(cache_policy=NO_CACHE, task_run_name="teacher{context.of_seed}")
+def teacher(context: Context, settings: TeacherSettings, samples: Manifest) -> Any:
+    """Train the network that teaches."""
+    stage = definitions.teacher_stage(context.experiment, settings, samples, context.seed)
     return run_stage(context, stage)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="baseline{context.of_seed}")
+def baseline(context: Context, upstream: dict[str, Manifest]) -> Any:
+    """Train the uncut network."""
+    return run_stage(
+        context, definitions.baseline_stage(context.experiment, upstream, context.seed)
+    )
 
 
 @task(cache_policy=NO_CACHE, task_run_name="sparse{context.of_seed}")
-def sparse(context: Context, samples: Manifest, uncut: Manifest) -> Any:
+def sparse(context: Context, upstream: dict[str, Manifest]) -> Any:
     """Train with the sparsity penalty."""
-    stage = definitions.sparse_stage(context.experiment, samples, uncut, context.seed)
-    return run_stage(context, stage)
+    return run_stage(context, definitions.sparse_stage(context.experiment, upstream, context.seed))
 
 
 @task(cache_policy=NO_CACHE, task_run_name="target {kind} {value}{context.of_seed}")
@@ -160,24 +168,25 @@ class Upstream:
     """What the points of one seed start from.
 
     Attributes:
-        data: Of all seeds.
-        baseline: The uncut network.
+        stages: "data", "baseline" and, where there is one, "teacher".
         sparse: Where the cuts are made.
         points: Name and ratio of every cut, and the stage that found the ratio where one did.
     """
 
-    data: Manifest
-    baseline: Manifest
+    stages: dict[str, Manifest]
     sparse: Manifest
     points: list[tuple[str, float, dict[str, Manifest]]]
 
 
 def _until_sparse(context: Context, samples: Manifest) -> Upstream:
-    uncut = _result(baseline.submit(context, samples))
-    thin = _result(sparse.submit(context, samples, uncut))
+    stages = {"data": samples}
+    if settings := context.experiment.teacher:
+        stages["teacher"] = _result(teacher.submit(context, settings, samples))
+    stages["baseline"] = _result(baseline.submit(context, stages))
+    thin = _result(sparse.submit(context, stages))
     points = _points(context, thin)
     _say_what_is_free(thin, points)
-    return Upstream(samples, uncut, thin, points)
+    return Upstream(stages, thin, points)
 
 
 def _start_points(context: Context, upstream: Upstream) -> dict[str, dict[str, Any]]:
@@ -187,11 +196,11 @@ def _start_points(context: Context, upstream: Upstream) -> dict[str, dict[str, A
         By the name of the point the stages behind it, as manifests or futures of them; the last
         makes its network.
     """
-    samples, uncut, thin = upstream.data, upstream.baseline, upstream.sparse
-    points: dict[str, dict[str, Any]] = {"baseline": {"data": samples, "baseline": uncut}}
+    samples, thin = upstream.stages["data"], upstream.sparse
+    points: dict[str, dict[str, Any]] = {"baseline": upstream.stages}
     for name, ratio, wish in upstream.points:
         cutting: Any = prune.submit(context, samples, thin, ratio)
-        made_of = {"data": samples, "baseline": uncut, "prune": cutting}
+        made_of = {**upstream.stages, "prune": cutting}
         tuning = finetune.submit(context, ratio, made_of)
         stages = {"data": samples, "sparse": thin, **wish, "prune": cutting, "finetune": tuning}
         points[name] = stages

@@ -75,9 +75,12 @@ def preview(experiment: Experiment) -> dict[str, Any]:
 def find_sparse(experiment: Experiment) -> Manifest:
     """The cached sparse stage of an experiment, of its first seed, proven."""
     seed = experiment.training_seeds[0]
-    data = _found(definitions.data_stage(experiment))
-    baseline = _found(definitions.baseline_stage(experiment, data, seed))
-    return _found(definitions.sparse_stage(experiment, data, baseline, seed))
+    stages = {"data": _found(definitions.data_stage(experiment))}
+    if teacher := experiment.teacher:
+        stage = definitions.teacher_stage(experiment, teacher, stages["data"], seed)
+        stages["teacher"] = _found(stage)
+    stages["baseline"] = _found(definitions.baseline_stage(experiment, stages, seed))
+    return _found(definitions.sparse_stage(experiment, stages, seed))
 
 
 def _found(stage: Stage) -> Manifest:

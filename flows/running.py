@@ -126,7 +126,8 @@ def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[
         "seed": experiment.seed,
         "ratios": experiment.ratios,
         "prune": experiment.prune.model_dump(mode="json"),
-        "checkpoint": experiment.baseline.checkpoint,
+        "cuts": not stage.label.startswith(definitions.TEACHER),
+        "checkpoint": definitions.checkpoint_of(experiment, stage),
         "inputs": {
             name: {"file": str(m.file(m.result).resolve()), "sha256": m.digest}
             for name, m in stage.inputs.items()

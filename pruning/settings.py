@@ -14,7 +14,7 @@ class SparseSettings(TrainSettings):
     strength, s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient (the
     article took 1e-4), `proximal` shrinks |gamma| by learning rate x s after each step (start from
     0.2), `polarization` pushes small gammas to 0 and large ones to 1 in the same way. distill is
-    the weight of learning from the baseline beside the labels, 0 for not at all.
+    the weight of learning from the teacher, else the baseline, beside the labels, 0 for not at all.
     """
 
     method: Literal["auto", "subgradient", "proximal", "polarization"] = "auto"
@@ -32,16 +32,11 @@ class SparseSettings(TrainSettings):
             )
         return self
 
-    @property
-    def teaching(self) -> float:
-        """Weight of the baseline's teaching; a stage that starts without it has none."""
-        return self.distill if self.from_baseline else 0.0
-
 
 class FinetuneSettings(TrainSettings):
     """The fine-tuning of a cut network, which may also be left as it was cut.
 
-    distill is the weight of learning from the baseline beside the labels, 0 for not at all;
+    distill is the weight of learning from the teacher, else the baseline, 0 for not at all;
     recalibrate is the number of training lines, unchanged by augmentation, from which the
     BatchNorm statistics are estimated anew at the end, 0 for what the epochs left.
     """

@@ -38,10 +38,12 @@ def small(work: Work) -> Outcome:
 
 
 def _train_control(work: Work, pruned: Recogniser, model: Recogniser) -> dict[str, float]:
-    full = _uncut(work, pruned)
+    uncut, spent = _uncut(work, pruned), work.settings
+    has_teacher = "teacher" in work.job["inputs"]
+    teacher = load_checkpoint(work.input("teacher")).model if has_teacher else uncut
+    total = spent["uncut_epochs"] * macs(uncut) + spent["cut_epochs"] * macs(pruned)
     # A teacher only reads: one pass more, where training is three (forward and twice backward).
-    uncut_epochs = work.settings["uncut_epochs"] + work.settings["taught_epochs"] / 3
-    total = uncut_epochs * macs(full) + work.settings["cut_epochs"] * macs(pruned)
+    total += (spent.get("teacher_epochs", 0) + spent["taught_epochs"] / 3) * macs(teacher)
     epochs = epochs_for(total, macs(model))
     work.write_summary(model)
     settings = TrainSettings.model_validate({**work.settings["train"], "epochs": epochs})

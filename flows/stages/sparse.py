@@ -20,11 +20,11 @@ from crnn.devices import best_device
 from crnn.evaluation import evaluate
 from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
-from crnn.training import Run, Teacher
+from crnn.training import Run
 from flows.cache import MODEL, READINESS, SNAPSHOTS
 from flows.report import readiness_picture
 from flows.rows import ACCURACY
-from flows.stages.training import fresh_model, history, refuse_impossible_cuts, train
+from flows.stages.training import fresh_model, history, refuse_impossible_cuts, teacher_of, train
 from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import widths
 from pruning.readiness import Readiness, readiness
@@ -47,7 +47,7 @@ def sparse(work: Work) -> Outcome:
     model = fresh_model(work) if given is None else copy.deepcopy(given)
     refuse_impossible_cuts(work, model)
     look = _snapshots(work) if settings.method == "auto" else None
-    teacher = Teacher(given, settings.teaching) if given and settings.teaching else None
+    teacher = teacher_of(work, settings.distill)
     run, metrics = train(work, model, settings, penalty_of(settings), look, teacher)
     _write_index(work, run)
     verdict = readiness(run.model, settings, metrics[ACCURACY], _accuracy(work, given))

@@ -34,23 +34,30 @@ def baseline(work: Work) -> Outcome:
     model = _given_model(work) if "checkpoint" in work.settings else fresh_model(work)
     refuse_impossible_cuts(work, model)
     work.write_summary(model)
-    settings = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
-    return MODEL, train(work, model, BaselineSettings.model_validate(settings))[1]
+    given = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
+    settings = BaselineSettings.model_validate(given)
+    teacher = teacher_of(work, settings.distill or 0)
+    return MODEL, train(work, model, settings, teacher=teacher)[1]
 
 
 def finetune(work: Work) -> Outcome:
     """Train the cut network on."""
     settings = FinetuneSettings.model_validate(work.settings["train"])
     model = load_checkpoint(work.input("prune")).model
-    teacher = None
-    if settings.distill:
-        teacher = Teacher(load_checkpoint(work.input("baseline")).model, settings.distill)
-    run, metrics = train(work, model, settings, teacher=teacher)
+    run, metrics = train(work, model, settings, teacher=teacher_of(work, settings.distill))
     if settings.recalibrate:
         recalibrate(run.model, work.lines("train").sample(settings.recalibrate))
         work.save_model(work.out / MODEL, run.model)
         metrics |= evaluate(run.model, work.lines("val"), work.unseen())
     return MODEL, metrics
+
+
+def teacher_of(work: Work, weight: float) -> Teacher | None:
+    """Who teaches a stage: the experiment's teacher, else its baseline, if either is an input."""
+    names = [name for name in ("teacher", "baseline") if name in work.job["inputs"]]
+    if not names or not weight:
+        return None
+    return Teacher(load_checkpoint(work.input(names[0])).model, weight)
 
 
 def fresh_model(work: Work) -> Recogniser:
@@ -73,7 +80,9 @@ def _given_model(work: Work) -> Recogniser:
 
 
 def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
-    """Before hours of training: try the deepest cut on the network as it is."""
+    """Before hours of training: try the deepest cut on the network as it is, if any is to come."""
+    if not work.job["cuts"]:
+        return
     settings = PruneSettings.model_validate(work.job["prune"])
     deepest = max(work.job["ratios"], default=0)
     refuse_uncuttable(model)

@@ -1,0 +1,70 @@
+"""A network of timm with a teacher of another kind, through all stages."""
+
+from pathlib import Path
+
+import pytest
+
+from crnn.checkpoint import load_checkpoint
+from crnn.errors import SettingsError
+from flows.definitions import open_sources
+from flows.experiment import load_experiment
+from pruning.cost import macs
+from tests.flows.conftest import Project, new_project
+
+TAUGHT = {
+    "ratios": [0.5],
+    "model": {"backbone": "mobilenetv3_small_100", "hidden": 8},
+    "teacher": {"model": {"width": 0.1, "hidden": 8}, "epochs": 2, "batch_size": 16},
+    "baseline": {"epochs": 1, "batch_size": 16, "distill": 1.0},
+    "sparse": {"epochs": 2, "batch_size": 8, "target_ratio": 0.5},
+    "finetune": {"epochs": 1, "batch_size": 16, "distill": 1.0},
+    "controls": {"scratch": True},
+}
+
+
+def test_a_student_of_timm_is_taught_cut_and_compared(tmp_path: Path) -> None:
+    project = new_project(tmp_path, **TAUGHT)
+    result = project.frontier()
+    manifests = project.manifests()
+    key = manifests["teacher"]["key"]
+    for label in ("baseline", "sparse", "finetune 0.5"):
+        assert manifests[label]["inputs"]["teacher"] == key, label
+    assert "teacher" not in manifests["prune 0.5"]["inputs"]
+    uncut, slim, scratch = result["rows"]
+    assert uncut["stages"]["teacher"] == key
+    assert slim["prune/live_channels_removed"] == 0
+    assert slim["prune/word_accuracy_before"] == slim["prune/word_accuracy_untuned"]
+    model = load_checkpoint(project.home / slim["checkpoint"]).model
+    assert model.settings.backbone == "mobilenetv3_small_100"
+    teacher = load_checkpoint(project.home / "stages" / key / "model.safetensors").model
+    assert teacher.settings.backbone == "vgg13"
+    # 2 epochs of the teacher, and a third of the 4 in which it read along.
+    assert scratch["control/epochs"] == round(epochs_of(project, uncut, slim))
+    assert project.frontier()["computed"] == []
+
+
+def epochs_of(project: Project, uncut: dict[str, float], slim: dict[str, float]) -> float:
+    """Epochs of a network like the cut one for the multiply-adds of the whole path."""
+    key = project.manifests()["teacher"]["key"]
+    teacher = macs(load_checkpoint(project.home / "stages" / key / "model.safetensors").model)
+    spent = (1 + 2) * uncut["cost/macs"] + slim["cost/macs"] + (2 + 4 / 3) * teacher
+    return spent / slim["cost/macs"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("model.backbone=mobilenetv3_smal", "did you mean mobilenetv3_small_100"),
+        ("model.backbone=convnext_atto", "it has no BatchNorm"),
+        ("model.backbone=mobilevit_xxs", "it has attention between positions"),
+        ("model.backbone=regnetx_002", "grouped convolutions that are not depthwise"),
+        ("model.backbone=resnet18s", "timm; resnet18s is none"),
+        ("teacher={epochs: 1, distill: 1}", "a teacher is not"),
+        ("baseline.distill=1", "needs a teacher section"),
+    ],
+)
+def test_what_cannot_serve_is_one_sentence(tmp_path: Path, setting: str, reason: str) -> None:
+    project = new_project(tmp_path, model={"hidden": 8})
+    with pytest.raises(SettingsError, match=reason) as refusal:
+        open_sources(load_experiment(project.params, [setting]))
+    assert len(str(refusal.value).splitlines()) == 1
