@@ -148,6 +148,28 @@ def _bar(count: int, of: int) -> str:
 
 
 @app.command()
+def compare(
+    sweeps: Annotated[
+        list[str], typer.Argument(help="Params files, experiments, or EXPERIMENT/SWEEP.")
+    ],
+    different_data: Annotated[
+        bool, typer.Option("--different-data", help="Also where the samples are not the same.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put finished frontiers side by side, in one table and plot."""
+    from flows import report
+    from flows.compare import compare as put_together
+
+    rows, folder = put_together(sweeps, different_data)
+    if as_json:
+        _print_json({"rows": rows, "report": str(folder)})
+        return
+    _print_table(", ".join(dict.fromkeys(r["frontier"] for r in rows)), *report.table_cells(rows))
+    print(f"tables and plots: {_short(folder)}")
+
+
+@app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="Checkpoint file, or an MLflow URI (runs:/...).")],
     images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
@@ -178,6 +200,24 @@ def convert_sroie(
 
     for what, count in convert(folder, target).items():
         print(f"{what}: {count}")
+
+
+@app.command("convert-checkpoint")
+def convert_checkpoint(
+    state: Annotated[Path, typer.Argument(help="State dict of a VGG13 CRNN (.pth, .safetensors).")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint to write, for baseline.checkpoint.")],
+    charset: Annotated[Path, typer.Option(help="Its characters, in one line or one a line.")],
+    max_width: Annotated[int, typer.Option(min=32, max=2048, help="Widest line, px.")] = 320,
+) -> None:
+    """Make a checkpoint of a network that was trained elsewhere."""
+    from crnn.charset import Charset
+    from crnn.checkpoint import save_checkpoint
+    from crnn.conversion import convert
+
+    converted = convert(state, Charset.load(charset), max_width)
+    save_checkpoint(target, converted)
+    count = sum(parameter.numel() for parameter in converted.model.parameters())
+    print(f"{target}: {count / 1e6:.3f} M parameters, {converted.model.classes} classes")
 
 
 @app.command()

@@ -31,8 +31,22 @@ MARKS = {
 }
 """Marker in matplotlib and in plotly, colour on and off the Pareto set, of each kind of network."""
 
+PALETTE = (
+    ("#1f77b4", "#b8c4d0"),
+    ("#ff7f0e", "#f3d3b5"),
+    ("#2ca02c", "#c3dfc3"),
+    ("#d62728", "#f0bcbc"),
+    ("#9467bd", "#dccbe8"),
+    ("#8c564b", "#dccac6"),
+)
+"""Colour on and off the Pareto set of one frontier after another, where several are compared."""
+
 SPREAD = f"{ACCURACY}_std"
 """Where there are several seeds: how far they lie apart."""
+
+
+DEPLOYED = "cost/latency_deployed_ms"
+"""Where the network that ships has fewer layers than the one that is trained."""
 
 
 def pareto(rows: Sequence[Row], cost: str = "cost/params_total") -> list[bool]:
@@ -107,7 +121,16 @@ def subject(title: str, rows: Sequence[Row]) -> str:
 
 
 def _kind(row: Row) -> str:
-    return str(row.get("control", "baseline" if row["point"] == "baseline" else "slimmed"))
+    uncut = row["point"].split()[-1] == "baseline"
+    return str(row.get("control", "baseline" if uncut else "slimmed"))
+
+
+def _colors(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Of each row on and off the Pareto set: by frontier where there are several, else by kind."""
+    frontiers = list(dict.fromkeys(row.get("frontier") for row in rows))
+    if len(frontiers) == 1:
+        return [MARKS[_kind(row)][2:] for row in rows]
+    return [PALETTE[frontiers.index(row["frontier"]) % len(PALETTE)] for row in rows]
 
 
 def _legend(rows: Sequence[Row]) -> str:
@@ -140,14 +163,13 @@ def _png_of(figure: Any) -> bytes:
 
 def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
     best = pareto(rows, cost)
-    for row, is_best in zip(rows, best, strict=True):
+    for row, is_best, (color, _) in zip(rows, best, _colors(rows), strict=True):
         below, above = _interval(row)
-        marker, _, color, _ = MARKS[_kind(row)]
         axes.errorbar(
             row[cost],
             100 * row[ACCURACY],
             yerr=[[below], [above]],
-            fmt=marker,
+            fmt=MARKS[_kind(row)][0],
             color=color,
             mfc=color if is_best else "white",
             capsize=3,
@@ -171,7 +193,7 @@ def _html(title: str, rows: Sequence[Row]) -> bytes:
 
     def view(cost: str) -> dict[str, Any]:
         best = pareto(rows, cost)
-        colors = [MARKS[_kind(r)][2 if b else 3] for r, b in zip(rows, best, strict=True)]
+        colors = [pair[0 if b else 1] for pair, b in zip(_colors(rows), best, strict=True)]
         return {"x": [row[cost] for row in rows], "marker.color": colors}
 
     below, above = zip(*(_interval(row) for row in rows), strict=True)
@@ -258,6 +280,10 @@ def gamma_histograms(layers: dict[str, np.ndarray], title: str) -> np.ndarray:
     return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
 
 
+def _deployed(row: Row) -> str:
+    return f"{row[DEPLOYED]:.2f} ms" if DEPLOYED in row else "-"
+
+
 def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the frontier as a person reads it."""
     header = [
@@ -271,6 +297,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "MACs",
         "size",
         "latency",
+        *(["deployed"] if any(DEPLOYED in row for row in rows) else []),
         "Pareto",
     ]
     cells = []
@@ -288,6 +315,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 f"{row['cost/macs'] / 1e6:.1f} M",
                 f"{row['cost/bytes'] / 1e6:.2f} MB",
                 f"{row['cost/latency_ms']:.2f} ms",
+                *([_deployed(row)] if any(DEPLOYED in r for r in rows) else []),
                 "yes" if row["pareto"] else "",
             ]
         )

@@ -1,0 +1,78 @@
+"""Frontiers side by side: other backbones, other methods, other settings, on the same lines."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from crnn.errors import UserError
+from flows import project, report
+from flows.experiment import load_experiment
+from flows.rows import Row
+
+
+def compare(names: Sequence[str], different_data: bool = False) -> tuple[list[Row], Path]:
+    """Put the points of several finished sweeps into one table and plot.
+
+    Args:
+        names: Each a params file or the name of an experiment, whose newest sweep is taken, or
+            EXPERIMENT/SWEEP as the folder of reports has them.
+        different_data: Allow sweeps whose samples are not the same.
+
+    Returns:
+        All rows, named after their sweep and point, and the folder of the report.
+
+    Raises:
+        UserError: A sweep that does not exist, one given twice, or other samples.
+    """
+    sweeps = {_title(path): _rows(path) for path in (_newest(name) for name in names)}
+    if len(sweeps) < max(2, len(names)):
+        raise UserError(f"compare takes two or more different sweeps, not {', '.join(names)}")
+    if not different_data:
+        _refuse_different_data(sweeps)
+    rows = [
+        {**row, "point": f"{title} {row['point']}", "frontier": title}
+        for title, frontier in sweeps.items()
+        for row in frontier
+    ]
+    for row, best in zip(rows, report.pareto(rows), strict=True):
+        row["pareto"] = best
+    key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+    folder = project.reports_folder() / "compared" / key
+    report.write_report(folder, ", ".join(sweeps), rows)
+    return rows, folder
+
+
+def _newest(name: str) -> Path:
+    """Folder of the sweep that is meant."""
+    if name.endswith((".yaml", ".yml")):
+        name = load_experiment(Path(name)).name
+    folder = project.reports_folder() / name
+    found = [path.parent for path in [folder / "frontier.json"] if path.exists()] or [
+        path.parent
+        for path in sorted(folder.glob("*/frontier.json"), key=lambda path: path.stat().st_mtime)
+    ]
+    if not found:
+        raise UserError(f"no sweep of {name} in {project.reports_folder()}; compute it first")
+    return found[-1]
+
+
+def _title(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name.removeprefix('sweep-')[:4]}"
+
+
+def _rows(folder: Path) -> list[Row]:
+    rows: list[Row] = json.loads((folder / "frontier.json").read_text(encoding="utf-8"))
+    return rows
+
+
+def _refuse_different_data(sweeps: dict[str, list[Row]]) -> None:
+    """Raise a UserError where not all accuracies are of the same lines."""
+    data = {title: rows[0]["stages"]["data"] for title, rows in sweeps.items()}
+    first = next(iter(data))
+    others = [title for title, key in data.items() if key != data[first]]
+    if others:
+        raise UserError(
+            f"{', '.join(others)} read other samples than {first}, so that their accuracies do not"
+            " compare; --different-data shows them side by side all the same"
+        )

@@ -1,0 +1,79 @@
+"""Frontiers side by side."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crnn.errors import UserError
+from flows import project
+from flows.compare import compare
+from flows.report import table_cells
+from tests.flows.conftest import TINY
+from tests.flows.test_report import row
+
+
+def sweep(name: str, key: str, cost: float, data: str = "data-1", age: float = 0) -> None:
+    """A finished sweep of two points in the folder of reports."""
+    folder = project.reports_folder() / name / f"sweep-{key}"
+    folder.mkdir(parents=True)
+    rows = [row("baseline", 0.9, 10 * cost), row("0.5", 0.8, cost)]
+    for each in rows:
+        each["stages"] = {"data": data}
+    (folder / "frontier.json").write_text(json.dumps(rows))
+    os.utime(folder / "frontier.json", (1e9 - age, 1e9 - age))
+
+
+def test_points_of_all_sweeps_are_on_one_pareto_set(tmp_path: Path) -> None:
+    sweep("tiny", "aaaa11", 3.0)
+    sweep("other", "bbbb22", 2.0)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    rows, folder = compare([str(tmp_path / "tiny.yaml"), "other"])
+    assert {r["point"]: r["pareto"] for r in rows} == {
+        "tiny/aaaa baseline": False,
+        "tiny/aaaa 0.5": False,
+        "other/bbbb baseline": True,
+        "other/bbbb 0.5": True,
+    }
+    assert {path.suffix for path in folder.iterdir()} == {".csv", ".md", ".json", ".png", ".html"}
+    assert "other/bbbb 0.5" in (folder / "frontier.md").read_text()
+
+
+def test_the_newest_sweep_is_meant_unless_one_is_named() -> None:
+    sweep("tiny", "aaaa11", 3.0, age=100)
+    sweep("tiny", "cccc33", 2.0)
+    sweep("other", "bbbb22", 2.0)
+    assert compare(["tiny", "other"])[0][0]["frontier"] == "tiny/cccc"
+    assert compare(["tiny/sweep-aaaa11", "tiny"])[0][0]["frontier"] == "tiny/aaaa"
+
+
+def test_other_samples_are_refused_unless_asked_for() -> None:
+    sweep("tiny", "aaaa11", 3.0)
+    sweep("other", "bbbb22", 2.0, data="data-2")
+    with pytest.raises(UserError, match="other/bbbb read other samples than tiny/aaaa"):
+        compare(["tiny", "other"])
+    assert len(compare(["tiny", "other"], different_data=True)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["tiny"], "two or more different"),
+        (["tiny", "tiny"], "two or more different"),
+        (["tiny", "nothing"], "no sweep of nothing"),
+        (["tiny", "absent.yaml"], "cannot read params file"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(names: list[str], message: str) -> None:
+    sweep("tiny", "aaaa11", 3.0)
+    with pytest.raises(UserError, match=message):
+        compare(names)
+
+
+def test_the_deployed_latency_is_shown_where_there_is_one() -> None:
+    rows = [{**row("0.5", 0.9, 1.0), "cost/latency_deployed_ms": 1.25}, row("0.6", 0.9, 1.0)]
+    header, cells = table_cells(rows)
+    assert [line[header.index("deployed")] for line in cells] == ["1.25 ms", "-"]
+    assert "deployed" not in table_cells(rows[1:])[0]
