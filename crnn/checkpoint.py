@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -17,10 +18,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from crnn.charset import Charset
+from crnn.data.batches import normalise
 from crnn.data.images import HEIGHT
 from crnn.errors import CheckpointError, UserError
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser, two_layer_head
+from crnn.reading import Reader
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import Run, start
 
@@ -82,6 +85,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError, ValidationError, UserError) as error:
         raise CheckpointError(f"checkpoint {path} has unusable metadata: {error!r}") from error
     return Checkpoint(model, charset, max_width, metadata.get("stage", "?"))
+
+
+def reader_of(checkpoint: Checkpoint) -> Reader:
+    """What reads images with a checkpoint, in float32."""
+    model = checkpoint.model.eval()
+
+    @torch.inference_mode()
+    def best_path(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(model.device))
+        best, classes = model(images).softmax(2).max(2)
+        return best.T.cpu().numpy(), classes.T.cpu().numpy()
+
+    return Reader(best_path, checkpoint.charset, checkpoint.max_width, model.stride, {})
 
 
 def recogniser_of(settings: ModelSettings, classes: int, tensors: dict[str, Tensor]) -> Recogniser:

@@ -118,6 +118,18 @@ class BaselineSettings(TrainSettings):
         return self
 
 
+class ExportSettings(Settings):
+    """What is inside an exported network.
+
+    With normalise it takes pixels, uint8 (N, 32, W, 3), else images, float32 (N, 3, 32, W) in
+    [-1, 1]. It gives the probabilities, float32 (N, T, K), or the classes of the best path, int64
+    (N, T), with their probabilities.
+    """
+
+    normalise: bool = True
+    output: Literal["probabilities", "classes"] = "probabilities"
+
+
 class TeacherSettings(BaselineSettings):
     """A network that teaches the others, and how it is trained itself, or its checkpoint."""
 

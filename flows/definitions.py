@@ -16,6 +16,7 @@ from crnn.settings import (
     VGG13,
     BaselineSettings,
     DataSettings,
+    ExportSettings,
     ModelSettings,
     Settings,
     TeacherSettings,
@@ -39,7 +40,8 @@ VERSIONS = {
     "finetune": 1,
     "scratch": 1,
     "small": 1,
-    "measure": 1,
+    "export": 1,
+    "measure": 2,
 }
 """Raise a stage's number when a change of its code changes its result."""
 
@@ -220,9 +222,27 @@ def _taught_epochs(experiment: Experiment) -> int:
     )
 
 
-def measure_stage(model: Manifest) -> Stage:
-    """Cost of a network."""
-    return Stage("measure", f"measure {model.label}", {}, {"model": model}, VERSIONS["measure"])
+def export_stage(settings: ExportSettings, stages: Upstream) -> Stage:
+    """A network as a file for other runtimes, read against the val lines.
+
+    Args:
+        settings: What the file is like.
+        stages: Those behind a point, the one that made the network last. Where there was a cut,
+            its ratio goes into the file's metadata.
+    """
+    model, pruned = list(stages.values())[-1], stages.get("prune")
+    origin: dict[str, Any] = {"stage": model.stage, "key": model.key}
+    if pruned:
+        origin["ratio"] = pruned.settings["basis_points"] / 10_000
+    content = {"export": _dump(settings), "of": origin}
+    inputs = {"data": stages["data"], "model": model}
+    return Stage("export", f"export {model.label}", content, inputs, VERSIONS["export"])
+
+
+def measure_stage(model: Manifest, exported: Manifest | None) -> Stage:
+    """Cost of a network, and of its export where there is one."""
+    inputs = {"model": model, **({"export": exported} if exported else {})}
+    return Stage("measure", f"measure {model.label}", {}, inputs, VERSIONS["measure"])
 
 
 def _training(section: TrainSettings, seed: int) -> dict[str, Any]:

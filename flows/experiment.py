@@ -14,6 +14,7 @@ from crnn.settings import (
     VGG13,
     BaselineSettings,
     DataSettings,
+    ExportSettings,
     ModelSettings,
     Settings,
     TeacherSettings,
@@ -75,6 +76,7 @@ class Experiment(Settings):
         seeds: In place of seed for all but the text: the whole way from the baseline to the
             frontier is gone once for each, on the same data, and a point is their mean.
         ratios: Shares of the channels to remove, one point of the frontier each.
+        export: What the exported networks are like; None: nothing is exported.
         teacher: Who teaches where a section's distill is not 0; None: the baseline teaches sparse
             training and fine-tuning.
     """
@@ -90,6 +92,7 @@ class Experiment(Settings):
     sparse: SparseSettings
     prune: PruneSettings = PruneSettings()
     finetune: FinetuneSettings
+    export: ExportSettings | None = ExportSettings()
     controls: ControlSettings = ControlSettings()
     execution: ExecutionSettings = ExecutionSettings()
 

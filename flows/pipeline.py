@@ -17,7 +17,7 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import StoppedError
-from crnn.settings import TeacherSettings
+from crnn.settings import ExportSettings, TeacherSettings
 from flows import children, definitions, display, project, report
 from flows.cache import READINESS, Manifest, Stage
 from flows.experiment import Experiment
@@ -108,10 +108,18 @@ def control(context: Context, kind: str, ratio: float, upstream: dict[str, Any])
     return run_stage(context, stage, whole_machine=False)
 
 
+@task(cache_policy=NO_CACHE, task_run_name="export {point}{context.of_seed}")
+def export(
+    context: Context, point: str, settings: ExportSettings, stages: dict[str, Manifest]
+) -> Any:
+    """Write a network for other runtimes."""
+    return run_stage(context, definitions.export_stage(settings, stages), whole_machine=False)
+
+
 @task(cache_policy=NO_CACHE, task_run_name="measure {model.label}")
-def measure(context: Context, model: Manifest) -> Any:
+def measure(context: Context, model: Manifest, exported: Manifest | None) -> Any:
     """Parameters, multiply-adds, bytes, latency."""
-    return run_stage(context, definitions.measure_stage(model))
+    return run_stage(context, definitions.measure_stage(model, exported))
 
 
 @flow(
@@ -246,10 +254,15 @@ def _results(stages: dict[str, Any]) -> dict[str, Manifest]:
 
 def _measured(context: Context, points: dict[str, dict[str, Manifest]]) -> list[Row]:
     """The rows of one seed."""
+    exports: dict[str, Any] = {}
+    if settings := context.experiment.export:
+        begun = {p: export.submit(context, p, settings, stages) for p, stages in points.items()}
+        exports = _results(begun)
     measured = []
     for point, stages in points.items():
-        cost = _result(measure.submit(context, list(stages.values())[-1]))
-        measured.append(row_of(point, stages, cost))
+        exported = exports.get(point)
+        cost = _result(measure.submit(context, list(stages.values())[-1], exported))
+        measured.append(row_of(point, stages, exported, cost))
     return measured
 
 

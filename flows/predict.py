@@ -1,21 +1,21 @@
-"""Reading images with a checkpoint."""
+"""Reading images with a checkpoint or an export, which needs no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
-from crnn.checkpoint import load_checkpoint
-from crnn.data.batches import Lines, evaluation_batches
-from crnn.data.images import fitted_width
-from crnn.data.sources import ImageFiles
+from crnn.data.images import decode
 from crnn.errors import DataError
-from crnn.evaluation import read
+from crnn.reading import Reader, load_exported, read_images
 from flows import project
 from flows.cache import MODEL
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+AT_ONCE = 1024
+"""Images that are in memory at a time."""
 
 
 def predict(
@@ -24,34 +24,37 @@ def predict(
     """Read every image.
 
     Args:
-        model: Checkpoint file or MLflow URI of one, or of a run's artifact folder.
+        model: Checkpoint, ONNX file, or MLflow URI of one, or of a run's artifact folder.
         images: Files and folders; of a folder, every image file below it.
 
     Returns:
         Readings (image, text, confidence) in the order given, and failures (image, reason).
     """
-    checkpoint = load_checkpoint(_local(model))
+    path = _local(model)
+    reader = _reader(path)
     files = [file for place in images for file in _files(place)]
-    source = ImageFiles(files)
-    widths, failures = {}, []
-    for index, file in enumerate(files):
-        try:
-            widths[index] = fitted_width(source.image(index), checkpoint.max_width)
-        except DataError as error:
-            failures.append({"image": str(file), "reason": str(error)})
-    lines = Lines(
-        source,
-        np.array(list(widths), np.int64),
-        np.array(list(widths.values()), np.int32),
-        checkpoint.charset,
-        checkpoint.max_width,
-    )
-    found = read(checkpoint.model, evaluation_batches(lines), checkpoint.charset)
-    readings = [
-        {"image": str(files[r.index]), "text": r.text, "confidence": round(r.confidence, 6)}
-        for r in sorted(found, key=lambda reading: reading.index)
-    ]
+    readings, failures = [], []
+    for start in range(0, len(files), AT_ONCE):
+        opened: dict[Path, Image.Image] = {}
+        for file in files[start : start + AT_ONCE]:
+            try:
+                opened[file] = _open(file)
+            except DataError as error:
+                failures.append({"image": str(file), "reason": str(error)})
+        for file, (text, confidence) in zip(
+            opened, read_images(reader, list(opened.values())), strict=True
+        ):
+            reading = {"image": str(file), "text": text, "confidence": round(confidence, 6)}
+            readings.append(reading)
     return readings, failures
+
+
+def _reader(path: Path) -> Reader:
+    if path.suffix == ".onnx":
+        return load_exported(path)
+    from crnn.checkpoint import load_checkpoint, reader_of
+
+    return reader_of(load_checkpoint(path))
 
 
 def _local(model: str) -> Path:
@@ -62,6 +65,13 @@ def _local(model: str) -> Path:
 
     path = download(model)
     return path / MODEL if path.is_dir() else path
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        return decode(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
 
 
 def _files(place: Path) -> list[Path]:

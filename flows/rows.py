@@ -16,15 +16,19 @@ CONTROLS = {"scratch": "the same architecture from scratch", "small": "an uncut 
 Row = dict[str, Any]
 
 
-def row_of(point: str, stages: Mapping[str, Manifest], cost: Manifest) -> Row:
+def row_of(
+    point: str, stages: Mapping[str, Manifest], exported: Manifest | None, cost: Manifest
+) -> Row:
     """One point of one seed: what was cut, what it reads, what it costs.
 
     Args:
         point: Its name.
         stages: The stages behind it, the one that made the network last.
+        exported: Its export stage, or None.
         cost: Its measure stage.
     """
     model = list(stages.values())[-1]
+    behind = {**stages, **({"export": exported} if exported else {}), "measure": cost}
     kind = {"control": model.stage} if model.stage in CONTROLS else {}
     wish = stages["target"].metrics if "target" in stages else {}
     scores = {n: v for n, v in model.metrics.items() if n.startswith(("val/", "control/"))}
@@ -35,9 +39,19 @@ def row_of(point: str, stages: Mapping[str, Manifest], cost: Manifest) -> Row:
         **wish,
         **scores,
         **cost.metrics,
-        "checkpoint": str(model.file(model.result).relative_to(project.home())),
-        "stages": {name: stage.key for name, stage in {**stages, "measure": cost}.items()},
+        "checkpoint": _place(model),
+        **({"onnx": _place(exported), **_named(exported, "export/")} if exported else {}),
+        "stages": {name: stage.key for name, stage in behind.items()},
     }
+
+
+def _named(manifest: Manifest, prefix: str) -> dict[str, float]:
+    return {name: value for name, value in manifest.metrics.items() if name.startswith(prefix)}
+
+
+def _place(manifest: Manifest) -> str:
+    """Where the result of a stage is, from the state folder."""
+    return str(manifest.file(manifest.result).relative_to(project.home()))
 
 
 def _cut_figures(model: Manifest, pruned: Manifest | None) -> dict[str, float]:

@@ -43,6 +43,7 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
     from flows.stages.controls import scratch, small
     from flows.stages.cutting import measure, prune
     from flows.stages.data import data
+    from flows.stages.export import export
     from flows.stages.sparse import sparse
     from flows.stages.targets import target
     from flows.stages.training import baseline, finetune, history
@@ -57,6 +58,7 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
         "finetune": finetune,
         "scratch": scratch,
         "small": small,
+        "export": export,
         "measure": measure,
     }
     folder = Path(job["folder"])

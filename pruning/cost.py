@@ -1,6 +1,7 @@
 """What a network costs: parameters, multiply-adds, bytes, milliseconds."""
 
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -52,11 +53,16 @@ def latency_ms(model: Recogniser, width: int = LINE_WIDTH, rounds: int = 30) -> 
     try:
         model = model.cpu().eval().to(memory_format=torch.channels_last)
         line = torch.zeros(1, 3, HEIGHT, width).contiguous(memory_format=torch.channels_last)
-        times = []
-        for _ in range(rounds + 5):
-            begun = time.perf_counter()
-            model(line)
-            times.append(1000 * (time.perf_counter() - begun))
-        return median(times[5:])
+        return median_ms(lambda: model(line), rounds)
     finally:
         torch.set_num_threads(threads)
+
+
+def median_ms(run: Callable[[], object], rounds: int = 30) -> float:
+    """Median milliseconds that a function takes, warmed up."""
+    times = []
+    for _ in range(rounds + 5):
+        begun = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - begun))
+    return median(times[5:])

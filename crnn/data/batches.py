@@ -11,20 +11,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from crnn.charset import Charset
 from crnn.data.augment import augment
-from crnn.data.images import HEIGHT, fit_line
+from crnn.data.images import BUCKET, fit_line, pad_lines
 from crnn.data.render import generator
 from crnn.data.sources import Source
 from crnn.errors import DataError
 from crnn.settings import AugmentSettings, TrainSettings
 
-BUCKET = 16
-"""Lines are padded to the next multiple of this width, in pixels."""
-
 Sample = tuple[np.ndarray, str, int]
 """Pixels (32, w, 3), label, number in the source."""
-
-PADDING = 128
-"""Grey level of padding; it becomes zero, give or take 1/255, when normalised."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +84,7 @@ def pad(lines: Sequence[np.ndarray]) -> Tensor:
     The width a line is padded to depends on batch mates of a wider bucket alone, and evaluation
     never mixes buckets, so a line reads the same in any batch.
     """
-    width = -(-max(line.shape[1] for line in lines) // BUCKET) * BUCKET
-    images = np.full((len(lines), HEIGHT, width, 3), PADDING, dtype=np.uint8)
-    for image, line in zip(images, lines, strict=True):
-        image[:, : line.shape[1]] = line
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    return torch.from_numpy(pad_lines(lines)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

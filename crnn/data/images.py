@@ -1,6 +1,7 @@
 """From the bytes of an image file to an RGB array of the recogniser's height."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -9,6 +10,12 @@ from crnn.errors import DataError
 
 HEIGHT = 32
 """Rows of every line image, in pixels; the backbones reduce exactly this height to 1."""
+
+BUCKET = 16
+"""Lines are padded to the next multiple of this width, in pixels."""
+
+PADDING = 128
+"""Grey level of padding; it becomes zero, give or take 1/255, when normalised."""
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; a line is far smaller, a decompression bomb is larger."""
@@ -58,3 +65,12 @@ def fit_line(image: Image.Image, max_width: int) -> Image.Image:
     if image.size == (width, HEIGHT):
         return image
     return image.resize((width, HEIGHT), Image.Resampling.BILINEAR)
+
+
+def pad_lines(lines: Sequence[np.ndarray]) -> np.ndarray:
+    """Lines (32, w_i, 3) to pixels (N, 32, W, 3), uint8, W the next multiple of BUCKET."""
+    width = -(-max(line.shape[1] for line in lines) // BUCKET) * BUCKET
+    pixels = np.full((len(lines), HEIGHT, width, 3), PADDING, dtype=np.uint8)
+    for image, line in zip(pixels, lines, strict=True):
+        image[:, : line.shape[1]] = line
+    return pixels

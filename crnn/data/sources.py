@@ -8,7 +8,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
@@ -235,25 +235,6 @@ class Rendered:
         drawn_by = [VERSION, fonts, libraries]
         made_of = [drawn_by, self.count, self.seed, self.text.model_dump()]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-
-
-class ImageFiles:
-    """Image files without labels."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        return str(self.files[index])
-
-    def label(self, index: int) -> str:
-        return ""
-
-    def image(self, index: int) -> Image.Image:
-        return decode(_read(self.files[index]))
 
 
 def open_source(settings: DataSettings, split: str, seed: int) -> Dataset:

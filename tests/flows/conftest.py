@@ -34,6 +34,7 @@ TINY = {
     "baseline": {"epochs": 2, "batch_size": 16},
     "sparse": {"epochs": 4, "batch_size": 8, "target_ratio": 0.6},
     "finetune": {"epochs": 1, "batch_size": 16},
+    "export": None,  # tests/flows/test_exports.py exports; elsewhere it would only take time.
 }
 
 

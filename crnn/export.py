@@ -1,0 +1,109 @@
+"""From a checkpoint to an ONNX file.
+
+torch.export, and the ONNX exporter built on it, unroll an LSTM over the frames of their example, so
+that their files would read lines of one width.
+"""
+
+import hashlib
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from crnn.checkpoint import Checkpoint
+from crnn.data.batches import normalise
+from crnn.data.images import HEIGHT
+from crnn.files import write_atomic
+from crnn.networks.deploy import deployed
+from crnn.networks.recogniser import Recogniser
+from crnn.reading import CLASSES, DIGEST, FORMAT, IMAGES, METADATA, PIXELS, PROBABILITIES
+from crnn.settings import ExportSettings
+
+OPSET = 17
+EXPORTER = "torch.onnx, TorchScript"
+
+
+class Shipped(nn.Module):
+    """What an exported file computes: the recogniser between its pixels and its probabilities.
+
+    Attributes:
+        recogniser: In its deployed form.
+        settings: What is inside the file besides.
+    """
+
+    def __init__(self, recogniser: Recogniser, settings: ExportSettings) -> None:
+        super().__init__()
+        self.recogniser = deployed(recogniser) or recogniser
+        self.settings = settings
+
+    def forward(self, given: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Pixels (N, 32, W, 3), or images (N, 3, 32, W), to what the settings say, batch first."""
+        images = normalise(given.permute(0, 3, 1, 2)) if self.settings.normalise else given
+        probabilities: Tensor = self.recogniser(images).softmax(2).permute(1, 0, 2)
+        if self.settings.output == PROBABILITIES:
+            return probabilities
+        best, classes = probabilities.max(2)
+        return classes, best
+
+
+def export_onnx(
+    path: Path, checkpoint: Checkpoint, settings: ExportSettings, provenance: dict[str, Any]
+) -> None:
+    """Write an ONNX file with dynamic batch and width.
+
+    Args:
+        path: The file.
+        checkpoint: The network, on the CPU.
+        settings: What goes inside.
+        provenance: Goes into the metadata as it is, beside charset and geometry.
+    """
+    shipped = Shipped(checkpoint.model, settings).eval()
+    name = PIXELS if settings.normalise else IMAGES
+    outputs = [PROBABILITIES] if settings.output == PROBABILITIES else [CLASSES, "confidences"]
+    axes = {name: {0: "N", (2 if settings.normalise else 3): "W"}}
+    axes |= {output: {0: "N", 1: "T"} for output in outputs}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+        # What is ignored: that there is a newer exporter, and that a traced batch could be fixed.
+        torch.onnx.export(
+            shipped,
+            (example(settings),),
+            Path(folder) / "network.onnx",
+            input_names=[name],
+            output_names=outputs,
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+        network = onnx.load_model(Path(folder) / "network.onnx")
+    content = json.dumps(_metadata(checkpoint, provenance), sort_keys=True)
+    for key, value in (
+        (METADATA, content),
+        (DIGEST, hashlib.sha256(content.encode()).hexdigest()),
+    ):
+        network.metadata_props.add(key=key, value=value)
+    write_atomic(path, network.SerializeToString(deterministic=True))
+
+
+def example(settings: ExportSettings) -> Tensor:
+    """Two lines to trace a network with."""
+    if settings.normalise:
+        return torch.zeros(2, HEIGHT, 64, 3, dtype=torch.uint8)
+    return torch.zeros(2, 3, HEIGHT, 64)
+
+
+def _metadata(checkpoint: Checkpoint, provenance: dict[str, Any]) -> dict[str, Any]:
+    stride = checkpoint.model.stride
+    return {
+        "format": FORMAT,
+        "charset": checkpoint.charset.characters,
+        "classes": checkpoint.model.classes,
+        "geometry": {"height": HEIGHT, "max_width": checkpoint.max_width, "stride": stride},
+        "exporter": EXPORTER,
+        "opset": OPSET,
+        "provenance": provenance,
+    }

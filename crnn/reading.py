@@ -1,0 +1,135 @@
+"""Reading lines. With an exported network it takes onnxruntime and numpy alone, no torch."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+from crnn.charset import Charset
+from crnn.data.images import BUCKET, HEIGHT, fit_line, pad_lines
+from crnn.errors import CheckpointError
+
+FORMAT = "crnn-slim-onnx/1"
+METADATA, DIGEST = "crnn-slim", "crnn-slim.sha256"
+"""Names of the metadata in the file, JSON, and of its SHA-256."""
+
+PIXELS, IMAGES = "pixels", "images"
+"""Names of the input: uint8 (N, 32, W, 3); or float32 (N, 3, 32, W) in [-1, 1]."""
+
+PROBABILITIES, CLASSES = "probabilities", "classes"
+"""What comes out: float32 (N, T, K); or int64 (N, T) with the float32 confidences (N, T)."""
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What turns lines into text.
+
+    Attributes:
+        best_path: Pixels (N, 32, W, 3), uint8, to the largest probability of every frame and its
+            class, (N, T) both.
+        charset: Meaning of the classes.
+        max_width: Widest line in pixels, at 32 px high.
+        stride: Pixels for each frame.
+        provenance: Where the network came from.
+    """
+
+    best_path: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    charset: Charset
+    max_width: int
+    stride: int
+    provenance: dict[str, Any]
+
+
+def read_images(reader: Reader, images: Sequence[Image.Image]) -> list[tuple[str, float]]:
+    """Text and confidence of each image, by greedy decoding.
+
+    Args:
+        reader: The network.
+        images: RGB, of any size.
+
+    Returns:
+        In the order given; the confidence is the product over the frames of the largest
+        probability, in [0, 1].
+    """
+    lines = [np.asarray(fit_line(image, reader.max_width)) for image in images]
+    buckets: dict[int, list[int]] = defaultdict(list)
+    for number, line in enumerate(lines):
+        buckets[-(-line.shape[1] // BUCKET)].append(number)
+    found: dict[int, tuple[str, float]] = {}
+    for _, numbers in sorted(buckets.items()):
+        for start in range(0, len(numbers), BATCH):
+            chosen = numbers[start : start + BATCH]
+            best, classes = reader.best_path(pad_lines([lines[n] for n in chosen]))
+            for row, number in enumerate(chosen):
+                frames = max(1, lines[number].shape[1] // reader.stride)
+                text = reader.charset.decode(classes[row, :frames].tolist())
+                found[number] = text, float(best[row, :frames].prod(dtype=np.float64))
+    return [found[number] for number in range(len(lines))]
+
+
+def load_exported(path: Path, threads: int = 0) -> Reader:
+    """Open a file that crnn.export wrote.
+
+    Args:
+        path: The file.
+        threads: Of the computation; 0 lets onnxruntime choose.
+
+    Raises:
+        CheckpointError: No such file, no network, not one of ours, or altered metadata.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no model file at {path}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Spinning threads slow down whoever runs next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own, without a common one.
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is no ONNX network that can be run ({reason})") from error
+    entries = session.get_modelmeta().custom_metadata_map
+    content = entries.get(METADATA, "")
+    if hashlib.sha256(content.encode()).hexdigest() != entries.get(DIGEST):
+        raise CheckpointError(
+            f"{path} is no export of this program: its metadata is missing or has been altered"
+        )
+    metadata = json.loads(content)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {metadata.get('format')!r}, {FORMAT!r} is needed; export it again"
+        )
+    geometry = metadata["geometry"]
+    charset = Charset(metadata["charset"])
+    if geometry["height"] != HEIGHT or metadata["classes"] != charset.classes:
+        raise CheckpointError(f"{path} contradicts itself: {geometry}, {charset.classes} classes")
+    width, stride = geometry["max_width"], geometry["stride"]
+    return Reader(partial(_best_path, session), charset, width, stride, metadata["provenance"])
+
+
+def _best_path(
+    session: onnxruntime.InferenceSession, pixels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    name = session.get_inputs()[0].name
+    outputs = session.run(None, {name: pixels if name == PIXELS else normalised(pixels)})
+    if len(outputs) == 2:
+        classes, best = outputs
+        return best, classes
+    return outputs[0].max(2), outputs[0].argmax(2)
+
+
+def normalised(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (N, 32, W, 3), uint8, to images (N, 3, 32, W), float32 in [-1, 1]."""
+    scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

@@ -1,0 +1,108 @@
+"""Exported networks against the one they were made of, and files that are none."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from crnn.charset import Charset
+from crnn.checkpoint import Checkpoint, reader_of, save_checkpoint
+from crnn.data.render import render_line
+from crnn.errors import CheckpointError
+from crnn.export import export_onnx
+from crnn.reading import DIGEST, METADATA, load_exported, read_images
+from crnn.settings import ExportSettings
+from tests.conftest import DIGITS, random_recogniser
+
+CHECKPOINT = Checkpoint(random_recogniser().float().eval(), Charset("0123456789"), 160, "finetune")
+
+
+def pictures(count: int = 5) -> list[Image.Image]:
+    return [render_line(1, number, DIGITS)[0] for number in range(count)]
+
+
+@pytest.mark.parametrize("output", ["probabilities", "classes"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_an_export_reads_as_the_network_at_any_width_and_batch(
+    tmp_path: Path, output: str, normalise: bool
+) -> None:
+    settings = ExportSettings.model_validate({"normalise": normalise, "output": output})
+    export_onnx(tmp_path / "model.onnx", CHECKPOINT, settings, {"ratio": 0.62})
+    exported = load_exported(tmp_path / "model.onnx")
+    reader = reader_of(CHECKPOINT)
+    for shape in ((1, 32, 48, 3), (3, 32, 160, 3)):
+        pixels = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+        for found, truth in zip(exported.best_path(pixels), reader.best_path(pixels), strict=True):
+            assert np.abs(found - truth).max() < 1e-5
+    readings, truths = read_images(exported, pictures()), read_images(reader, pictures())
+    assert [text for text, _ in readings] == [text for text, _ in truths]
+    assert np.allclose([c for _, c in readings], [c for _, c in truths], rtol=1e-3)
+    assert (exported.max_width, exported.stride) == (160, 4)
+    assert exported.provenance == {"ratio": 0.62}
+
+
+def test_a_deployed_network_of_timm_is_exported(tmp_path: Path) -> None:
+    model = random_recogniser(width=1.0, backbone="repvgg_a0").float().eval()
+    checkpoint = Checkpoint(model, Charset("0123456789"), 160, "finetune")
+    export_onnx(tmp_path / "model.onnx", checkpoint, ExportSettings(), {})
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert sum(node.op_type == "Conv" for node in graph.node) == 22, "one for each block"
+    pixels = np.full((1, 32, 64, 3), 40, np.uint8)
+    found = load_exported(tmp_path / "model.onnx").best_path(pixels)[0]
+    assert np.abs(found - reader_of(checkpoint).best_path(pixels)[0]).max() < 1e-4
+
+
+def test_the_file_is_a_function_of_its_content(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        export_onnx(tmp_path / name, CHECKPOINT, ExportSettings(), {})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(CheckpointError, match="no model file at"):
+        load_exported(path)
+    path.write_bytes(b"no network")
+    with pytest.raises(CheckpointError, match="no ONNX network"):
+        load_exported(path)
+    export_onnx(path, CHECKPOINT, ExportSettings(), {})
+    network = onnx.load(path)
+    entries = {entry.key: entry for entry in network.metadata_props}
+    altered = json.loads(entries[METADATA].value)
+    altered["charset"] = "9876543210"
+    entries[METADATA].value = json.dumps(altered)
+    onnx.save(network, path)
+    with pytest.raises(CheckpointError, match="missing or has been altered"):
+        load_exported(path)
+    entries[METADATA].value = json.dumps({"format": "crnn-slim-onnx/9"})
+    entries[DIGEST].value = hashlib.sha256(entries[METADATA].value.encode()).hexdigest()
+    onnx.save(network, path)
+    with pytest.raises(CheckpointError, match=r"format 'crnn-slim-onnx/9'.*export it again"):
+        load_exported(path)
+    del network.metadata_props[:]
+    onnx.save(network, path)
+    with pytest.raises(CheckpointError, match="missing or has been altered"):
+        load_exported(path)
+
+
+def test_reading_with_an_export_imports_no_torch(tmp_path: Path) -> None:
+    export_onnx(tmp_path / "model.onnx", CHECKPOINT, ExportSettings(), {})
+    save_checkpoint(tmp_path / "model.safetensors", CHECKPOINT)
+    pictures(1)[0].save(tmp_path / "line.png")
+    script = (
+        "import sys; from pathlib import Path; from flows.predict import predict\n"
+        f"found = predict(r'{tmp_path / 'model.onnx'}', [Path(r'{tmp_path / 'line.png'}')])\n"
+        "print(found[0][0]['text'])\n"
+        "print([name for name in ('torch', 'prefect', 'mlflow') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    text, _ = read_images(reader_of(CHECKPOINT), pictures(1))[0]
+    assert done.stdout == f"{text}\n[]\n"
