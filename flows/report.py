@@ -45,8 +45,8 @@ SPREAD = f"{ACCURACY}_std"
 """Where there are several seeds: how far they lie apart."""
 
 
-DEPLOYED = "cost/latency_deployed_ms"
-"""Where the network that ships has fewer layers than the one that is trained."""
+MORE_LATENCIES = {"cost/latency_deployed_ms": "deployed", "cost/onnx_latency_ms": "ONNX"}
+"""Columns for a network that ships with fewer layers than are trained, and for its export."""
 
 
 def pareto(rows: Sequence[Row], cost: str = "cost/params_total") -> list[bool]:
@@ -280,10 +280,6 @@ def gamma_histograms(layers: dict[str, np.ndarray], title: str) -> np.ndarray:
     return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
 
 
-def _deployed(row: Row) -> str:
-    return f"{row[DEPLOYED]:.2f} ms" if DEPLOYED in row else "-"
-
-
 def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the frontier as a person reads it."""
     header = [
@@ -297,7 +293,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "MACs",
         "size",
         "latency",
-        *(["deployed"] if any(DEPLOYED in row for row in rows) else []),
+        *(title for figure, title in MORE_LATENCIES.items() if any(figure in r for r in rows)),
         "Pareto",
     ]
     cells = []
@@ -315,7 +311,11 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 f"{row['cost/macs'] / 1e6:.1f} M",
                 f"{row['cost/bytes'] / 1e6:.2f} MB",
                 f"{row['cost/latency_ms']:.2f} ms",
-                *([_deployed(row)] if any(DEPLOYED in r for r in rows) else []),
+                *(
+                    f"{row[figure]:.2f} ms" if figure in row else "-"
+                    for figure in MORE_LATENCIES
+                    if any(figure in r for r in rows)
+                ),
                 "yes" if row["pareto"] else "",
             ]
         )
