@@ -263,7 +263,9 @@ def _dump(settings: Settings) -> dict[str, Any]:
 
 def _digest_of_file(path: Path) -> str:
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint file at {path}; set baseline.checkpoint")
+        raise CheckpointError(
+            f"no checkpoint file at {path}; set baseline.checkpoint or teacher.checkpoint"
+        )
     return sha256(path)
 
 

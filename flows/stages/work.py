@@ -158,7 +158,7 @@ def _cores(job: dict[str, Any]) -> tuple[int, int]:
 
 
 def _environment() -> dict[str, Any]:
-    packages = ("torch", "numpy", "pillow", "safetensors", "prefect", "mlflow")
+    packages = ("torch", "onnxruntime", "numpy", "pillow", "safetensors", "prefect", "mlflow")
     return {
         "git_commit": project.git_commit(),
         "python": platform.python_version(),

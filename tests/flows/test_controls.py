@@ -13,14 +13,17 @@ from crnn.metrics import wilson_interval
 from crnn.networks.recogniser import Recogniser
 from crnn.networks.vgg import CHANNELS
 from crnn.settings import ModelSettings
+from flows.cache import Manifest
 from flows.comparison import comparisons
+from flows.definitions import control_stage
+from flows.experiment import Experiment
 from flows.report import table_cells
 from flows.stages.controls import epochs_for, fresh, width_for
 from pruning.cost import parameters
 from pruning.gammas import norms_of
 from pruning.surgery import cut
 from tests.conftest import random_recogniser
-from tests.flows.conftest import Project, copy_of, points_of, runs_of
+from tests.flows.conftest import TINY, Project, copy_of, points_of, runs_of
 from tests.flows.test_pipeline import start_and_wait_for, weights
 from tests.flows.test_report import row
 
@@ -192,3 +195,38 @@ def test_what_has_no_prune_ratio_is_shown_without_one() -> None:
     small = {k: v for k, v in row("small 0.6", 0.9, 10).items() if k != "prune/ratio_achieved"}
     header, (cells,) = table_cells([small])
     assert dict(zip(header, cells, strict=True))["cut"] == "-"
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs"),
+    [
+        ({}, {"uncut_epochs": 6, "taught_epochs": 4, "cut_epochs": 1}),
+        ({"sparse": {"epochs": 4, "distill": 0}}, {"uncut_epochs": 6, "taught_epochs": 0}),
+        ({"finetune": {"epochs": 3, "distill": 1}}, {"taught_epochs": 7, "cut_epochs": 3}),
+        ({"sparse": {"epochs": 4, "from_baseline": False}}, {"uncut_epochs": 4}),
+        (
+            {"teacher": {"epochs": 5}, "baseline": {"epochs": 2, "distill": 1}},
+            {"uncut_epochs": 6, "taught_epochs": 6, "teacher_epochs": 5},
+        ),
+    ],
+)
+def test_a_control_counts_all_that_was_trained_and_who_read_along(
+    changes: dict[str, Any], epochs: dict[str, int]
+) -> None:
+    experiment = Experiment.model_validate({**TINY, **changes})
+    pruned = Manifest(
+        key="prune-1",
+        stage="prune",
+        label="prune 0.3",
+        result="model",
+        files={"model": {"sha256": "0"}},
+        metrics={},
+        settings={"basis_points": 3000},
+        inputs={},
+        run_id=None,
+        seconds=0,
+    )
+    upstream = dict.fromkeys(("data", "baseline", "prune", "teacher"), pruned)
+    stage = control_stage(experiment, "scratch", upstream, 0)
+    assert {name: stage.settings[name] for name in epochs} == epochs
+    assert "distill" not in stage.settings["train"]
