@@ -34,7 +34,7 @@ TEACHER = "teacher"
 VERSIONS = {
     "data": 1,
     "baseline": 1,
-    "sparse": 2,
+    "sparse": 3,
     "target": 1,
     "prune": 2,
     "finetune": 1,

@@ -97,7 +97,7 @@ class Auto(Penalty):
     RAMP = 0.7
     """Share of the stage over which channels are driven to zero."""
 
-    FADE = 0.05
+    FADE = 0.02
     """Share of the stage in which a channel with the initial gamma fades to zero, at most."""
 
     OUTRUN = 3
