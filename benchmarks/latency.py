@@ -81,6 +81,7 @@ def networks() -> dict[str, Recogniser]:
     return {"uncut": model, "cut 0.62": keeping(list(ARTICLE)), "cut 0.87": keeping(small)}
 
 
+@torch.no_grad()
 def _case(threads: int, batch: int, width: int) -> dict[str, list[float]]:
     """Milliseconds of every round, by candidate."""
     torch.set_num_threads(threads)
@@ -88,7 +89,7 @@ def _case(threads: int, batch: int, width: int) -> dict[str, list[float]]:
     images = torch.from_numpy(normalised(pixels)).contiguous(memory_format=torch.channels_last)
     charset = Charset("".join(chr(0x4E00 + i) for i in range(CHARACTERS)))
     candidates: dict[str, Callable[[], object]] = {}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder:
         for name, model in networks().items():
             path = Path(folder) / f"{name}.onnx"
             export_onnx(path, Checkpoint(model, charset, 320, "random"), ExportSettings(), {})
