@@ -90,7 +90,7 @@ def _train(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 def _history(folder: Path) -> Path:
     """The file that is written anew after each epoch, as soon as it is there."""
-    while not (found := list(folder.glob("state/work/baseline-*/out/history.jsonl"))):
+    while not (found := list((folder / "state").glob("*/baseline-*/out/history.jsonl"))):
         time.sleep(0.1)
     return found[0]
 

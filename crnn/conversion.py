@@ -18,6 +18,9 @@ from crnn.settings import ModelSettings
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts keep the state dict beside other things."""
 
+UNREADABLE = (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError)
+"""What a file that is no state dict leads its reader to raise."""
+
 RULES = (
     (re.compile(r"(?:.*\.)?features?\.(\d+\.\w+)"), r"cnn.\1"),
     (re.compile(r"(?:.*\.)?((?:weight|bias)_[ih]h_l[01](?:_reverse)?)"), r"rnn.\1"),
@@ -77,18 +80,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # Whatever it says, the sentence below is ours.
+        with warnings.catch_warnings(action="ignore"):  # The sentence below says it.
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{path} is no plain state dict ({(str(error) or 'it is empty').splitlines()[0]});"
             " save model.state_dict() with torch.save"

@@ -70,11 +70,28 @@ def read_images(reader: Reader, images: Sequence[Image.Image]) -> list[tuple[str
         for start in range(0, len(numbers), BATCH):
             chosen = numbers[start : start + BATCH]
             best, classes = reader.best_path(pad_lines([lines[n] for n in chosen]))
-            for row, number in enumerate(chosen):
-                frames = max(1, lines[number].shape[1] // reader.stride)
-                text = reader.charset.decode(classes[row, :frames].tolist())
-                found[number] = text, float(best[row, :frames].prod(dtype=np.float64))
+            widths = [lines[number].shape[1] for number in chosen]
+            found |= zip(chosen, decode(reader, best, classes, widths), strict=True)
     return [found[number] for number in range(len(lines))]
+
+
+def decode(
+    reader: Reader, best: np.ndarray, classes: np.ndarray, widths: Sequence[int]
+) -> list[tuple[str, float]]:
+    """Text and confidence of each line from its own frames of the best path.
+
+    Args:
+        reader: Its charset and stride.
+        best: Largest probability of every frame, (N, T).
+        classes: Its class, (N, T).
+        widths: Of the lines in pixels, padding not counted, N of them.
+    """
+    decoded = []
+    for row, width in enumerate(widths):
+        frames = max(1, width // reader.stride)
+        text = reader.charset.decode(classes[row, :frames].tolist())
+        decoded.append((text, float(best[row, :frames].prod(dtype=np.float64))))
+    return decoded
 
 
 def load_exported(path: Path, threads: int = 0) -> Reader:

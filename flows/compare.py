@@ -48,13 +48,12 @@ def _newest(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         name = load_experiment(Path(name)).name
     folder = project.reports_folder() / name
-    found = [path.parent for path in [folder / "frontier.json"] if path.exists()] or [
-        path.parent
-        for path in sorted(folder.glob("*/frontier.json"), key=lambda path: path.stat().st_mtime)
-    ]
-    if not found:
+    if (folder / "frontier.json").exists():
+        return folder
+    sweeps = list(folder.glob("*/frontier.json"))
+    if not sweeps:
         raise UserError(f"no sweep of {name} in {project.reports_folder()}; compute it first")
-    return found[-1]
+    return max(sweeps, key=lambda path: path.stat().st_mtime).parent
 
 
 def _title(folder: Path) -> str:

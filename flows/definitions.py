@@ -103,10 +103,15 @@ def _initial(section: BaselineSettings, model: ModelSettings, seed: int) -> dict
 
 def checkpoint_of(experiment: Experiment, stage: Stage) -> str | None:
     """Path of the checkpoint that a stage starts from."""
-    sections = [experiment.baseline, *([experiment.teacher] if experiment.teacher else [])]
-    paths = [section.checkpoint for section in sections if section.checkpoint]
+    paths = _checkpoints(experiment)
     digest = stage.settings.get("checkpoint")
     return next((path for path in paths if _digest_of_file(Path(path)) == digest), None)
+
+
+def _checkpoints(experiment: Experiment) -> list[str]:
+    """Paths of all checkpoints that an experiment starts from."""
+    sections = [section for section in (experiment.baseline, experiment.teacher) if section]
+    return [section.checkpoint for section in sections if section.checkpoint is not None]
 
 
 def _taught(upstream: Upstream, names: list[str], weight: float) -> Upstream:
@@ -280,10 +285,8 @@ def open_sources(experiment: Experiment) -> list[Dataset]:
     for model in (experiment.model, *([experiment.teacher.model] if experiment.teacher else [])):
         if model.backbone != VGG13:
             _refuse_backbone(model)
-    sections = [experiment.baseline, *([experiment.teacher] if experiment.teacher else [])]
-    for section in sections:
-        if section.checkpoint is not None:
-            _digest_of_file(Path(section.checkpoint))
+    for path in _checkpoints(experiment):
+        _digest_of_file(Path(path))
     return [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
 
 

@@ -282,6 +282,7 @@ def gamma_histograms(layers: dict[str, np.ndarray], title: str) -> np.ndarray:
 
 def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the frontier as a person reads it."""
+    more = [figure for figure in MORE_LATENCIES if any(figure in row for row in rows)]
     header = [
         "point",
         "cut",
@@ -293,7 +294,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "MACs",
         "size",
         "latency",
-        *(title for figure, title in MORE_LATENCIES.items() if any(figure in r for r in rows)),
+        *(MORE_LATENCIES[figure] for figure in more),
         "Pareto",
     ]
     cells = []
@@ -311,11 +312,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 f"{row['cost/macs'] / 1e6:.1f} M",
                 f"{row['cost/bytes'] / 1e6:.2f} MB",
                 f"{row['cost/latency_ms']:.2f} ms",
-                *(
-                    f"{row[figure]:.2f} ms" if figure in row else "-"
-                    for figure in MORE_LATENCIES
-                    if any(figure in r for r in rows)
-                ),
+                *(f"{row[figure]:.2f} ms" if figure in row else "-" for figure in more),
                 "yes" if row["pareto"] else "",
             ]
         )

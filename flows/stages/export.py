@@ -1,18 +1,15 @@
 """The export stage: files for other runtimes, and proof that they read as the network does."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
-from crnn.checkpoint import load_checkpoint
-from crnn.data.batches import Batch, Lines, evaluation_batches, normalise
+from crnn.checkpoint import load_checkpoint, reader_of
+from crnn.data.batches import Lines, evaluation_batches
 from crnn.errors import CheckpointError
-from crnn.evaluation import Reading, frame_lengths, read, score
+from crnn.evaluation import Reading, score
 from crnn.export import export_onnx
-from crnn.networks.recogniser import Recogniser
-from crnn.reading import Reader, load_exported
+from crnn.reading import Reader, decode, load_exported
 from crnn.settings import ExportSettings
 from flows.stages.work import Outcome, Work
 
@@ -27,13 +24,9 @@ def export(work: Work) -> Outcome:
     settings = ExportSettings.model_validate(work.settings["export"])
     checkpoint = load_checkpoint(work.input("model"))
     export_onnx(work.out / ONNX, checkpoint, settings, _provenance(work))
-    lines, exported = work.lines("val"), load_exported(work.out / ONNX)
-    truth = {
-        r.index: r.text for r in read(checkpoint.model, evaluation_batches(lines), lines.charset)
-    }
-    found = list(read_exported(exported, lines))
-    differing = sum(truth[reading.index] != reading.text for reading in found)
-    difference = largest_difference(checkpoint.model, exported, lines)
+    found, difference, differing = _read_with_both(
+        load_exported(work.out / ONNX), reader_of(checkpoint), work.lines("val")
+    )
     if difference > TOLERANCE or differing:
         raise CheckpointError(
             "the export does not read as the network it was made of: probabilities differ by up to"
@@ -46,31 +39,30 @@ def export(work: Work) -> Outcome:
     }
 
 
-def read_exported(exported: Reader, lines: Lines) -> Iterator[Reading]:
-    """Read every line with an exported network."""
+def _read_with_both(
+    exported: Reader, network: Reader, lines: Lines
+) -> tuple[list[Reading], float, int]:
+    """What the export reads; and how far, over all frames and lines, the network is from it.
+
+    Returns:
+        The readings, the largest difference of a probability, the number of differing texts.
+    """
+    found: list[Reading] = []
+    difference, differing = 0.0, 0
     for batch in evaluation_batches(lines):
-        best, classes = exported.best_path(_pixels(batch))
-        lengths = frame_lengths(batch.widths, exported.stride).tolist()
-        for n, (length, label) in enumerate(zip(lengths, batch.labels, strict=True)):
-            text = exported.charset.decode(classes[n, :length].tolist())
-            confidence = float(best[n, :length].prod(dtype=np.float64))
-            yield Reading(batch.indices[n], text, label, confidence)
-
-
-@torch.inference_mode()
-def largest_difference(model: Recogniser, exported: Reader, lines: Lines) -> float:
-    """Between the probabilities of the best path in torch and in the export, over all frames."""
-    worst = 0.0
-    for batch in evaluation_batches(lines):
-        best, _ = exported.best_path(_pixels(batch))
-        expected = model(normalise(batch.images)).softmax(2).amax(2).T.numpy()
-        worst = max(worst, float(np.abs(best - expected).max()))
-    return worst
-
-
-def _pixels(batch: Batch) -> np.ndarray:
-    """(N, 32, W, 3), uint8."""
-    return batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+        best, classes = exported.best_path(pixels)
+        expected, truth = network.best_path(pixels)
+        difference = max(difference, float(np.abs(best - expected).max()))
+        widths = batch.widths.tolist()
+        readings = decode(exported, best, classes, widths)
+        truths = decode(network, expected, truth, widths)
+        for index, label, (text, confidence), (true_text, _) in zip(
+            batch.indices, batch.labels, readings, truths, strict=True
+        ):
+            differing += text != true_text
+            found.append(Reading(index, text, label, confidence))
+    return found, difference, differing
 
 
 def _provenance(work: Work) -> dict[str, Any]:
