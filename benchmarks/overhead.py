@@ -1,6 +1,6 @@
 """What keys, hashing, locks, tracking, Prefect and a process for each stage cost.
 
-    python benchmarks/overhead.py
+    .venv/bin/python -m benchmarks.overhead
 
 Runs a sweep of 20 ratios over the full-width network (5,963 classes, 41 MB) that hardly trains,
 one stage after another, and the same command again. What a run took beyond its computations is
