@@ -130,6 +130,22 @@ class ExportSettings(Settings):
     output: Literal["probabilities", "classes"] = "probabilities"
 
 
+class QuantizeSettings(TrainSettings):
+    """How exported networks become int8.
+
+    max_drop is what it may cost on judged_lines augmented training lines, in points of word
+    accuracy; layers are left in float until it does not cost more. calibration_lines give the
+    ranges of the activations. Where layers were left in float, the network is trained on for
+    epochs with rounding, all of TrainSettings applies to that; 0 for not at all.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 2
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    max_drop: Annotated[float, Field(ge=0)] = 0.3
+    calibration_lines: Annotated[int, Field(ge=1)] = 256
+    judged_lines: Annotated[int, Field(ge=1)] = 2000
+
+
 class TeacherSettings(BaselineSettings):
     """A network that teaches the others, and how it is trained itself, or its checkpoint."""
 

@@ -18,6 +18,7 @@ from crnn.settings import (
     DataSettings,
     ExportSettings,
     ModelSettings,
+    QuantizeSettings,
     Settings,
     TeacherSettings,
     TrainSettings,
@@ -25,6 +26,7 @@ from crnn.settings import (
 from flows import display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
+from flows.rows import Variant
 
 Upstream = dict[str, Manifest]
 """Finished stages by the name of what they are to the next one."""
@@ -41,6 +43,8 @@ VERSIONS = {
     "scratch": 1,
     "small": 1,
     "export": 1,
+    "int8": 1,
+    "qat": 1,
     "measure": 2,
 }
 """Raise a stage's number when a change of its code changes its result."""
@@ -244,10 +248,33 @@ def export_stage(settings: ExportSettings, stages: Upstream) -> Stage:
     return Stage("export", f"export {model.label}", content, inputs, VERSIONS["export"])
 
 
-def measure_stage(model: Manifest, exported: Manifest | None) -> Stage:
-    """Cost of a network, and of its export where there is one."""
-    inputs = {"model": model, **({"export": exported} if exported else {})}
-    return Stage("measure", f"measure {model.label}", {}, inputs, VERSIONS["measure"])
+def int8_stage(settings: QuantizeSettings, exported: Variant, seed: int) -> Stage:
+    """An export in 8 bits; seed is of the augmentation of the lines to judge by."""
+    judging = {"max_drop", "calibration_lines", "judged_lines", "batch_size", "augment"}
+    content = {"seed": seed, "quantize": settings.model_dump(mode="json", include=judging)}
+    label = f"int8 {exported.model.label}"
+    return Stage("int8", label, content, _files(exported, ["data", "export"]), VERSIONS["int8"])
+
+
+def qat_stage(settings: QuantizeSettings, network: Variant, seed: int) -> Stage:
+    """A network, trained on for 8 bits; seed is of data order and augmentation."""
+    judging = {"max_drop", "calibration_lines", "judged_lines"}
+    content = {"seed": seed, "train": settings.model_dump(mode="json", exclude=judging)}
+    label = f"qat {network.model.label}"
+    return Stage("qat", label, content, _files(network, ["data", "model"]), VERSIONS["qat"])
+
+
+def measure_stage(network: Variant) -> Stage:
+    """Cost of a network, and of its file where there is one."""
+    names = ["model", "export"] if network.exported else ["model"]
+    label = f"measure {'int8 ' if network.is_int8 else ''}{network.model.label}"
+    return Stage("measure", label, {}, _files(network, names), VERSIONS["measure"])
+
+
+def _files(network: Variant, names: list[str]) -> Upstream:
+    """Inputs of a stage that ships a network."""
+    made = {"data": network.stages["data"], "model": network.model, "export": network.exported}
+    return {name: manifest for name in names if (manifest := made[name])}
 
 
 def _training(section: TrainSettings, seed: int) -> dict[str, Any]:

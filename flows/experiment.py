@@ -16,6 +16,7 @@ from crnn.settings import (
     DataSettings,
     ExportSettings,
     ModelSettings,
+    QuantizeSettings,
     Settings,
     TeacherSettings,
 )
@@ -77,6 +78,7 @@ class Experiment(Settings):
             frontier is gone once for each, on the same data, and a point is their mean.
         ratios: Shares of the channels to remove, one point of the frontier each.
         export: What the exported networks are like; None: nothing is exported.
+        quantize: How each export becomes a point in 8 bits; None: none does.
         teacher: Who teaches where a section's distill is not 0; None: the baseline teaches sparse
             training and fine-tuning.
     """
@@ -93,6 +95,7 @@ class Experiment(Settings):
     prune: PruneSettings = PruneSettings()
     finetune: FinetuneSettings
     export: ExportSettings | None = ExportSettings()
+    quantize: QuantizeSettings | None = QuantizeSettings()
     controls: ControlSettings = ControlSettings()
     execution: ExecutionSettings = ExecutionSettings()
 

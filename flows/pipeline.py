@@ -17,12 +17,12 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import StoppedError
-from crnn.settings import ExportSettings, TeacherSettings
+from crnn.settings import ExportSettings, QuantizeSettings, TeacherSettings
 from flows import children, definitions, display, project, report
 from flows.cache import READINESS, Manifest, Stage
 from flows.experiment import Experiment
 from flows.flow_runs import attended
-from flows.rows import Row, mean_of_seeds, row_of
+from flows.rows import Row, Variant, mean_of_seeds, row_of
 from flows.running import Context, find_or_compute
 from flows.tracking import Tracker
 
@@ -31,6 +31,12 @@ UI = "http://127.0.0.1:5000"
 
 INTERRUPTED, TERMINATED = "Interrupted", "Terminated"
 """Names of the Cancelled state after Ctrl-C and after SIGTERM."""
+
+QAT, INT8 = " qat", " int8"
+"""Behind the names of points: trained on for 8 bits; in 8 bits."""
+
+Networks = tuple[Context, list[Variant]]
+"""Those of one seed."""
 
 MAX_THREADS = 64
 """Tasks that wait at once; how many of them train at once is parallel_finetunes."""
@@ -108,18 +114,31 @@ def control(context: Context, kind: str, ratio: float, upstream: dict[str, Any])
     return run_stage(context, stage, whole_machine=False)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="export {point}{context.of_seed}")
-def export(
-    context: Context, point: str, settings: ExportSettings, stages: dict[str, Manifest]
-) -> Any:
+@task(cache_policy=NO_CACHE, task_run_name="export {variant.point}{context.of_seed}")
+def export(context: Context, settings: ExportSettings, variant: Variant) -> Any:
     """Write a network for other runtimes."""
-    return run_stage(context, definitions.export_stage(settings, stages), whole_machine=False)
+    stage = definitions.export_stage(settings, variant.stages)
+    return run_stage(context, stage, whole_machine=False)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="measure {model.label}")
-def measure(context: Context, model: Manifest, exported: Manifest | None) -> Any:
+@task(cache_policy=NO_CACHE, task_run_name="int8 {variant.point}{context.of_seed}")
+def int8(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
+    """Quantize an export."""
+    stage = definitions.int8_stage(settings, variant, context.seed)
+    return run_stage(context, stage, whole_machine=False)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="qat {variant.point}{context.of_seed}")
+def qat(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
+    """Train a network on for 8 bits."""
+    stage = definitions.qat_stage(settings, variant, context.seed)
+    return run_stage(context, stage, whole_machine=False)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="measure {variant.point}{context.of_seed}")
+def measure(context: Context, variant: Variant) -> Any:
     """Parameters, multiply-adds, bytes, latency."""
-    return run_stage(context, definitions.measure_stage(model, exported))
+    return run_stage(context, definitions.measure_stage(variant))
 
 
 @flow(
@@ -163,11 +182,12 @@ def _sweep(context: Context) -> Frontier:
     begun = [(seed, _until_sparse(seed, samples)) for seed in seeds]
     started = [(seed, _start_points(seed, upstream)) for seed, upstream in begun]
     trained = [
-        (seed, {point: _results(stages) for point, stages in points.items()})
+        (seed, [Variant(point, _results(stages)) for point, stages in points.items()])
         for seed, points in started
     ]
+    shipped = _shipped(context.experiment, trained)
     # Latency needs a quiet machine: one network after another, when nothing trains any more.
-    measured = {seed.seed: _measured(seed, points) for seed, points in trained}
+    measured = {seed.seed: _measured(seed, variants) for seed, variants in shipped}
     return _publish(context, _of_all_seeds(measured))
 
 
@@ -252,18 +272,68 @@ def _results(stages: dict[str, Any]) -> dict[str, Manifest]:
     return {n: s if isinstance(s, Manifest) else _result(s) for n, s in stages.items()}
 
 
-def _measured(context: Context, points: dict[str, dict[str, Manifest]]) -> list[Row]:
+def _shipped(experiment: Experiment, trained: list[Networks]) -> list[Networks]:
+    """All networks in the forms in which they ship, the same forms for every seed."""
+    if not (settings := experiment.export):
+        return trained
+    exported = [_exported(settings, *networks) for networks in trained]
+    if not (rounding := experiment.quantize):
+        return exported
+    rounded = [_rounded(rounding, *networks) for networks in exported]
+    fell_short = _fell_short(rounding, rounded)
+    chosen = [(seed, [n for n in networks if n.point in fell_short]) for seed, networks in trained]
+    again = [_trained_for_8_bits(rounding, *networks) for networks in chosen]
+    again = [_exported(settings, *networks) for networks in again]
+    again = [_rounded(rounding, *networks) for networks in again]
+    in_order = {network.point: place for place, network in enumerate(trained[0][1])}
+    return [
+        (seed, sorted([*networks, *ints, *more], key=lambda n: in_order[_base_point(n)]))
+        for (seed, networks), (_, ints), (_, more) in zip(exported, rounded, again, strict=True)
+    ]
+
+
+def _fell_short(settings: QuantizeSettings, rounded: list[Networks]) -> set[str]:
+    """Points for which some seed's network had to stay in float in part."""
+    return {
+        _base_point(network)
+        for _, networks in rounded
+        for network in networks
+        if settings.epochs and network.exported
+        if network.exported.metrics["quantize/layers_in_float"]
+    }
+
+
+def _base_point(network: Variant) -> str:
+    return network.point.removesuffix(INT8).removesuffix(QAT)
+
+
+def _exported(settings: ExportSettings, context: Context, networks: list[Variant]) -> Networks:
+    begun = [export.submit(context, settings, network) for network in networks]
+    results = zip(networks, begun, strict=True)
+    return context, [replace(network, exported=_result(future)) for network, future in results]
+
+
+def _rounded(settings: QuantizeSettings, context: Context, networks: list[Variant]) -> Networks:
+    begun = [int8.submit(context, settings, network) for network in networks]
+    return context, [
+        replace(network, point=f"{network.point}{INT8}", exported=_result(future))
+        for network, future in zip(networks, begun, strict=True)
+    ]
+
+
+def _trained_for_8_bits(
+    settings: QuantizeSettings, context: Context, networks: list[Variant]
+) -> Networks:
+    begun = [qat.submit(context, settings, network) for network in networks]
+    return context, [
+        Variant(f"{network.point}{QAT}", {**network.stages, "qat": _result(future)})
+        for network, future in zip(networks, begun, strict=True)
+    ]
+
+
+def _measured(context: Context, networks: list[Variant]) -> list[Row]:
     """The rows of one seed."""
-    exports: dict[str, Any] = {}
-    if settings := context.experiment.export:
-        begun = {p: export.submit(context, p, settings, stages) for p, stages in points.items()}
-        exports = _results(begun)
-    measured = []
-    for point, stages in points.items():
-        exported = exports.get(point)
-        cost = _result(measure.submit(context, list(stages.values())[-1], exported))
-        measured.append(row_of(point, stages, exported, cost))
-    return measured
+    return [row_of(network, _result(measure.submit(context, network))) for network in networks]
 
 
 def _of_all_seeds(measured: dict[int, list[Row]]) -> list[Row]:
@@ -283,7 +353,7 @@ def _publish(context: Context, rows: list[Row]) -> Frontier:
     key = f"sweep-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     folder = project.reports_folder() / experiment.name / key
     report.write_report(folder, experiment.name, rows)
-    cuts = [row["point"] for row in rows[1:] if "control" not in row]
+    cuts = [row["point"] for row in rows if row.get("prune/live_channels_removed") is not None]
     name = f"{experiment.name} {cuts[0]} to {cuts[-1]}"
     params = experiment.model_dump(mode="json", exclude={"execution"})
     sweep_run = context.tracker.sweep(name, key, rows, params, folder)

@@ -20,7 +20,8 @@ AXES = {
     "cost/params_total": "parameters",
     "cost/bytes": "bytes on disk",
     "cost/macs": "multiply-adds of one line of 32 x 128 px",
-    "cost/latency_ms": "latency of one line on one CPU thread, ms",
+    "cost/latency_ms": "latency of one line on one CPU thread in torch, ms",
+    "cost/onnx_latency_ms": "latency of one line on one CPU thread in onnxruntime, ms",
 }
 
 MARKS = {
@@ -28,6 +29,7 @@ MARKS = {
     "slimmed": ("o", "circle", "#1f77b4", "#b8c4d0"),
     "scratch": ("^", "triangle-up", "#ff7f0e", "#f3d3b5"),
     "small": ("v", "triangle-down", "#2ca02c", "#c3dfc3"),
+    "int8": ("D", "diamond", "#9467bd", "#dccbe8"),
 }
 """Marker in matplotlib and in plotly, colour on and off the Pareto set, of each kind of network."""
 
@@ -45,11 +47,14 @@ SPREAD = f"{ACCURACY}_std"
 """Where there are several seeds: how far they lie apart."""
 
 
+SIZE = "cost/bytes"
+"""What the table's Pareto set weighs against accuracy: bytes of the file that ships."""
+
 MORE_LATENCIES = {"cost/latency_deployed_ms": "deployed", "cost/onnx_latency_ms": "ONNX"}
 """Columns for a network that ships with fewer layers than are trained, and for its export."""
 
 
-def pareto(rows: Sequence[Row], cost: str = "cost/params_total") -> list[bool]:
+def pareto(rows: Sequence[Row], cost: str = SIZE) -> list[bool]:
     """For each row: no other is at least as good in accuracy and cost, and better in one."""
     return [
         not any(
@@ -120,7 +125,17 @@ def subject(title: str, rows: Sequence[Row]) -> str:
     return f"{title}: {int(rows[0]['val/samples'])} val lines{seeds}"
 
 
+def axes_of(rows: Sequence[Row]) -> dict[str, str]:
+    """The costs that every row has; of the two latencies the one of the file that ships."""
+    names = {cost: name for cost, name in AXES.items() if all(cost in row for row in rows)}
+    if "cost/onnx_latency_ms" in names:
+        names.pop("cost/latency_ms", None)
+    return names
+
+
 def _kind(row: Row) -> str:
+    if "int8" in row:
+        return "int8"
     uncut = row["point"].split()[-1] == "baseline"
     return str(row.get("control", "baseline" if uncut else "slimmed"))
 
@@ -138,6 +153,7 @@ def _legend(rows: Sequence[Row]) -> str:
         "baseline": "square: baseline",
         "scratch": "triangle up: the cut from scratch",
         "small": "triangle down: uncut and small",
+        "int8": "diamond: in 8 bits",
     }
     kinds = {_kind(row) for row in rows}
     return "; ".join(name for kind, name in names.items() if kind in kinds)
@@ -147,7 +163,8 @@ def _png(title: str, rows: Sequence[Row]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    for axes, (cost, name) in zip(figure.subplots(2, 2).flat, AXES.items(), strict=True):
+    panels = figure.subplots(2, 2).flat
+    for axes, (cost, name) in zip(panels, axes_of(rows).items(), strict=True):
         _draw_panel(axes, rows, cost)
         axes.set(xscale="log", xlabel=name, ylabel="word accuracy, %")
         axes.grid(alpha=0.3, which="both")
@@ -197,7 +214,7 @@ def _html(title: str, rows: Sequence[Row]) -> bytes:
         return {"x": [row[cost] for row in rows], "marker.color": colors}
 
     below, above = zip(*(_interval(row) for row in rows), strict=True)
-    first = view("cost/params_total")
+    first = view(SIZE)
     figure = go.Figure(
         go.Scatter(
             x=first["x"],
@@ -219,13 +236,21 @@ def _html(title: str, rows: Sequence[Row]) -> bytes:
             "method": "update",
             "args": [{k: [v] for k, v in view(cost).items()}, {"xaxis.title.text": name}],
         }
-        for cost, name in AXES.items()
+        for cost, name in axes_of(rows).items()
     ]
     figure.update_layout(
         title=f"{title} (dark: Pareto set; {_legend(rows)})",
-        xaxis={"title": {"text": AXES["cost/params_total"]}, "type": "log"},
+        xaxis={"title": {"text": AXES[SIZE]}, "type": "log"},
         yaxis={"title": {"text": "word accuracy, %"}},
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12}],
+        updatemenus=[
+            {
+                "buttons": buttons,
+                "active": list(axes_of(rows)).index(SIZE),
+                "x": 1,
+                "xanchor": "right",
+                "y": 1.12,
+            }
+        ],
     )
     page: str = figure.to_html(include_plotlyjs=True)
     return page.encode()
@@ -311,8 +336,10 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 f"{row['cost/params_total'] / 1e6:.3f} M",
                 f"{row['cost/macs'] / 1e6:.1f} M",
                 f"{row['cost/bytes'] / 1e6:.2f} MB",
-                f"{row['cost/latency_ms']:.2f} ms",
-                *(f"{row[figure]:.2f} ms" if figure in row else "-" for figure in more),
+                *(
+                    f"{row[figure]:.2f} ms" if figure in row else "-"
+                    for figure in ("cost/latency_ms", *more)
+                ),
                 "yes" if row["pareto"] else "",
             ]
         )

@@ -1,6 +1,7 @@
 """Rows of the frontier: a point's figures, collected from its stages and averaged over seeds."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
@@ -16,37 +17,64 @@ CONTROLS = {"scratch": "the same architecture from scratch", "small": "an uncut 
 Row = dict[str, Any]
 
 
-def row_of(
-    point: str, stages: Mapping[str, Manifest], exported: Manifest | None, cost: Manifest
-) -> Row:
+@dataclass(frozen=True)
+class Variant:
+    """A network in one of the forms in which it ships, of one seed.
+
+    Attributes:
+        point: Name of its point of the frontier.
+        stages: The stages behind it, the one that made the network last.
+        exported: Its file for other runtimes, an export or int8 stage; None: there is none.
+    """
+
+    point: str
+    stages: dict[str, Manifest]
+    exported: Manifest | None = None
+
+    @property
+    def model(self) -> Manifest:
+        """The stage that made the network."""
+        return list(self.stages.values())[-1]
+
+    @property
+    def is_int8(self) -> bool:
+        """Its file computes in 8 bits."""
+        return self.exported is not None and self.exported.stage == "int8"
+
+
+def row_of(variant: Variant, cost: Manifest) -> Row:
     """One point of one seed: what was cut, what it reads, what it costs.
 
     Args:
-        point: Its name.
-        stages: The stages behind it, the one that made the network last.
-        exported: Its export stage, or None.
+        variant: The network.
         cost: Its measure stage.
     """
-    model = list(stages.values())[-1]
-    behind = {**stages, **({"export": exported} if exported else {}), "measure": cost}
-    kind = {"control": model.stage} if model.stage in CONTROLS else {}
-    wish = stages["target"].metrics if "target" in stages else {}
-    scores = {n: v for n, v in model.metrics.items() if n.startswith(("val/", "control/"))}
-    return {
-        "point": point,
-        **kind,
-        **_cut_figures(model, stages.get("prune")),
+    model, exported = variant.model, variant.exported
+    control = next((name for name in variant.stages if name in CONTROLS), None)
+    wish = variant.stages["target"].metrics if "target" in variant.stages else {}
+    row: Row = {
+        "point": variant.point,
+        **({"control": control} if control else {}),
+        **_cut_figures(variant, control),
         **wish,
-        **scores,
+        **_named(model, "val/", "control/"),
         **cost.metrics,
         "checkpoint": _place(model),
-        **({"onnx": _place(exported), **_named(exported, "export/")} if exported else {}),
-        "stages": {name: stage.key for name, stage in behind.items()},
+        "stages": {name: stage.key for name, stage in variant.stages.items()},
     }
+    if exported:
+        row |= {"onnx": _place(exported), **_named(exported, "export/", "quantize/")}
+        row["stages"][exported.stage] = exported.key
+    if exported and variant.is_int8:
+        row |= {"int8": True, **_named(exported, "val/"), "cost/bytes": row["cost/onnx_bytes"]}
+        del row["cost/latency_ms"]  # torch computes it in float.
+        row.pop("cost/latency_deployed_ms", None)
+    row["stages"]["measure"] = cost.key
+    return row
 
 
-def _named(manifest: Manifest, prefix: str) -> dict[str, float]:
-    return {name: value for name, value in manifest.metrics.items() if name.startswith(prefix)}
+def _named(manifest: Manifest, *prefixes: str) -> dict[str, float]:
+    return {name: value for name, value in manifest.metrics.items() if name.startswith(prefixes)}
 
 
 def _place(manifest: Manifest) -> str:
@@ -54,14 +82,15 @@ def _place(manifest: Manifest) -> str:
     return str(manifest.file(manifest.result).relative_to(project.home()))
 
 
-def _cut_figures(model: Manifest, pruned: Manifest | None) -> dict[str, float]:
+def _cut_figures(variant: Variant, control: str | None) -> dict[str, float]:
     """What was cut. An uncut network that is small lacks channels, but no ratio was cut."""
-    if model.stage == "small":
+    pruned = variant.stages.get("prune")
+    if control == "small":
         return {}
     if pruned is None:
         return {"prune/ratio_requested": 0.0, "prune/ratio_achieved": 0.0}
     figures = {n: v for n, v in pruned.metrics.items() if n.startswith("prune/")}
-    if model.stage in CONTROLS:
+    if control or variant.is_int8:
         names = ("prune/ratio_requested", "prune/ratio_achieved", "prune/channels_kept")
         return {name: figures[name] for name in names}
     return {**figures, "prune/word_accuracy_untuned": pruned.metrics[ACCURACY]}
@@ -118,7 +147,11 @@ def interval_of_seeds(accuracies: list[float], lines: float) -> tuple[float, flo
 
 
 def _figures(row: Row) -> dict[str, float]:
-    return {name: value for name, value in row.items() if isinstance(value, int | float)}
+    return {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def _stages_of_seeds(rows: Mapping[int, Row]) -> dict[str, str]:

@@ -44,6 +44,7 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
     from flows.stages.cutting import measure, prune
     from flows.stages.data import data
     from flows.stages.export import export
+    from flows.stages.quantize import int8, qat
     from flows.stages.sparse import sparse
     from flows.stages.targets import target
     from flows.stages.training import baseline, finetune, history
@@ -59,6 +60,8 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
         "scratch": scratch,
         "small": small,
         "export": export,
+        "int8": int8,
+        "qat": qat,
         "measure": measure,
     }
     folder = Path(job["folder"])

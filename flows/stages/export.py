@@ -1,11 +1,12 @@
 """The export stage: files for other runtimes, and proof that they read as the network does."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from crnn.checkpoint import load_checkpoint, reader_of
-from crnn.data.batches import Lines, evaluation_batches
+from crnn.data.batches import Batch, Lines, evaluation_batches
 from crnn.errors import CheckpointError
 from crnn.evaluation import Reading, score
 from crnn.export import export_onnx
@@ -50,7 +51,7 @@ def _read_with_both(
     found: list[Reading] = []
     difference, differing = 0.0, 0
     for batch in evaluation_batches(lines):
-        pixels = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = pixels_of(batch)
         best, classes = exported.best_path(pixels)
         expected, truth = network.best_path(pixels)
         difference = max(difference, float(np.abs(best - expected).max()))
@@ -63,6 +64,26 @@ def _read_with_both(
             differing += text != true_text
             found.append(Reading(index, text, label, confidence))
     return found, difference, differing
+
+
+def read_exported(exported: Reader, batches: Iterable[Batch]) -> list[Reading]:
+    """What an export makes of every line of the batches."""
+    found = []
+    for batch in batches:
+        texts = decode(exported, *exported.best_path(pixels_of(batch)), batch.widths.tolist())
+        found += [
+            Reading(index, text, label, confidence)
+            for index, label, (text, confidence) in zip(
+                batch.indices, batch.labels, texts, strict=True
+            )
+        ]
+    return found
+
+
+def pixels_of(batch: Batch) -> np.ndarray:
+    """The lines as an export takes them, (N, 32, W, 3), uint8."""
+    pixels: np.ndarray = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels
 
 
 def _provenance(work: Work) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""Training that feels the rounding to 8 bits (Jacob et al. 2018, arXiv:1712.05877, section 3).
+
+Convolutions and the head round their inputs and weights in the forward pass as an int8 file
+does; gradients pass straight through. The LSTM stays in float: its ranges are found as it runs, and
+it loses least. Deviation: an input's range is that of its batch, not a running mean, so that a
+training has no state beside its weights.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crnn.networks.recogniser import Recogniser
+
+LARGEST_WEIGHT, LARGEST_INPUT = 127, 255
+SMALLEST_SCALE = 1e-8
+
+
+def round_weight(weight: Tensor) -> Tensor:
+    """A weight (C, ...) on the grid of int8, symmetric, with a scale for each of the C outputs."""
+    largest = weight.detach().abs().flatten(1).amax(1)
+    scale = (largest / LARGEST_WEIGHT).clamp(min=SMALLEST_SCALE)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(
+        weight, scale, zero, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT
+    )
+
+
+def round_input(given: Tensor) -> Tensor:
+    """An input on the grid of uint8 between its smallest value and its largest, 0 among them."""
+    given = given.float()
+    low, high = given.detach().aminmax()
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / LARGEST_INPUT).clamp(min=SMALLEST_SCALE)
+    zero = (-low / scale).round().to(torch.int32)
+    return torch.fake_quantize_per_tensor_affine(given, scale, zero, 0, LARGEST_INPUT)
+
+
+class _RoundedConv2d(nn.Conv2d):
+    def forward(self, given: Tensor) -> Tensor:
+        weight = round_weight(self.weight)
+        output: Tensor = self._conv_forward(round_input(given), weight, self.bias)
+        return output
+
+
+class _RoundedLinear(nn.Linear):
+    def forward(self, given: Tensor) -> Tensor:
+        return F.linear(round_input(given), round_weight(self.weight), self.bias)
+
+
+ROUNDED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: _RoundedConv2d,
+    nn.Linear: _RoundedLinear,
+}
+
+
+@contextmanager
+def fake_quantized(model: Recogniser) -> Iterator[None]:
+    """Inside, the network computes as if it were in 8 bits; its state dict is what it was.
+
+    Args:
+        model: Changed in place, and back again at the end.
+    """
+    exact = {rounded: kind for kind, rounded in ROUNDED.items()}
+    layers = [layer for layer in model.modules() if type(layer) in ROUNDED]
+    for layer in layers:
+        layer.__class__ = ROUNDED[type(layer)]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = exact[type(layer)]

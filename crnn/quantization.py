@@ -1,0 +1,86 @@
+"""An exported network in 8 bits: convolutions and head statically, the LSTM dynamically.
+
+Jacob et al. 2018 (arXiv:1712.05877), by onnxruntime's quantizer: weights per output channel,
+activations with ranges seen on calibration lines. What an LSTM sums over its frames is quantized
+with ranges found as it runs. Layers that cost too much accuracy stay in float.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from crnn.files import write_atomic
+from crnn.reading import PIXELS, normalised
+
+STATIC = ("Conv", "Gemm", "MatMul")
+DYNAMIC = ("LSTM",)
+"""Operations that are quantized, with fixed ranges and with those of each line."""
+
+
+class _Calibration(CalibrationDataReader):  # type: ignore[misc]
+    """Batches one after another, as onnxruntime asks for them."""
+
+    def __init__(self, name: str, batches: Sequence[np.ndarray]) -> None:
+        self._batches = iter([{name: batch} for batch in batches])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._batches, None)
+
+
+def layers_of(path: Path) -> list[str]:
+    """Names of the operations of an exported network that can be quantized, in their order."""
+    nodes = onnx.load(path).graph.node
+    return [node.name for node in nodes if node.op_type in (*STATIC, *DYNAMIC)]
+
+
+def quantize(
+    path: Path, target: Path, batches: Sequence[np.ndarray], layers: Sequence[str]
+) -> None:
+    """Write an exported network in 8 bits.
+
+    Args:
+        path: The network in float.
+        target: The network in 8 bits, with the same metadata.
+        batches: Lines to calibrate with, pixels (N, 32, W, 3), uint8.
+        layers: Names of the operations to quantize; the others stay in float.
+    """
+    network = onnx.load(path)
+    name = network.graph.input[0].name
+    left = [name for name in layers_of(path) if name not in layers]
+    with tempfile.TemporaryDirectory() as folder:
+        static, whole = Path(folder) / "static.onnx", Path(folder) / "whole.onnx"
+        quantize_static(
+            path,
+            static,
+            _Calibration(name, [b if name == PIXELS else normalised(b) for b in batches]),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(STATIC),
+            nodes_to_exclude=left,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        quantize_dynamic(
+            static,
+            whole,
+            op_types_to_quantize=list(DYNAMIC),
+            nodes_to_exclude=left,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
+        quantized = onnx.load(whole)
+    del quantized.metadata_props[:]
+    quantized.metadata_props.extend(network.metadata_props)
+    write_atomic(target, quantized.SerializeToString(deterministic=True))
