@@ -54,7 +54,8 @@ class DataSettings(Settings):
 
     train and val each name a label file (`path<TAB>label` lines), an LMDB folder, or, as a
     number, how many lines to render. Names are relative to root. Image paths that lead out of
-    root, absolute ones included, are refused unless allow_outside_root says otherwise.
+    root, absolute ones included, are refused unless allow_outside_root says otherwise. licence is
+    for the model card alone.
     """
 
     root: str = "."
@@ -65,6 +66,7 @@ class DataSettings(Settings):
     max_width: Annotated[int, Field(ge=32, le=2048)] = 320
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
     allow_outside_root: bool = False
+    licence: str | None = None
 
 
 class ModelSettings(Settings):

@@ -17,6 +17,7 @@ from flows import project
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+ONNX = "model.onnx"
 HISTORY = "history.jsonl"
 GAMMAS = "gammas"
 SNAPSHOTS = "snapshots"

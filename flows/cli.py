@@ -64,6 +64,7 @@ def frontier(
                 "computed": result.computed,
                 "sweep_run": result.sweep_run,
                 "report": str(result.report),
+                "champion": result.champion,
             }
         )
         return
@@ -73,6 +74,7 @@ def frontier(
     _print_table(report.subject(experiment.name, result.rows), *report.table_cells(result.rows))
     for sentence in comparisons(result.rows):
         print(sentence)
+    print(result.champion)
     counted = (
         f"{len(result.computed)} stages computed" if result.computed else "everything was cached"
     )

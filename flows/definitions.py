@@ -45,6 +45,7 @@ VERSIONS = {
     "export": 1,
     "int8": 1,
     "qat": 1,
+    "judge": 1,
     "measure": 2,
 }
 """Raise a stage's number when a change of its code changes its result."""
@@ -262,6 +263,12 @@ def qat_stage(settings: QuantizeSettings, network: Variant, seed: int) -> Stage:
     content = {"seed": seed, "train": settings.model_dump(mode="json", exclude=judging)}
     label = f"qat {network.model.label}"
     return Stage("qat", label, content, _files(network, ["data", "model"]), VERSIONS["qat"])
+
+
+def judge_stage(data: Manifest, exported: Manifest) -> Stage:
+    """An export of other data, read on these val lines."""
+    inputs = {"data": data, "export": exported}
+    return Stage("judge", f"judge {exported.label}", {}, inputs, VERSIONS["judge"])
 
 
 def measure_stage(network: Variant) -> Stage:

@@ -68,6 +68,19 @@ class ControlSettings(Settings):
         return [kind for kind in ("scratch", "small") if wanted and getattr(self, kind)]
 
 
+class ChampionSettings(Settings):
+    """Which exported point is registered in MLflow as the champion.
+
+    rule: `smallest` or `fastest` (in onnxruntime, on one CPU thread) of those that lose at most
+    `within` points of word accuracy against the baseline, or the `most_accurate` of all. max_mb is
+    the largest file allowed, 10^6 bytes.
+    """
+
+    rule: Literal["smallest", "fastest", "most_accurate"] = "smallest"
+    within: Annotated[float, Field(ge=0)] = 1.0
+    max_mb: Annotated[float, Field(gt=0)] | None = None
+
+
 class Experiment(Settings):
     """Everything that defines a frontier.
 
@@ -79,6 +92,7 @@ class Experiment(Settings):
         ratios: Shares of the channels to remove, one point of the frontier each.
         export: What the exported networks are like; None: nothing is exported.
         quantize: How each export becomes a point in 8 bits; None: none does.
+        champion: Which exported point MLflow's registry names champion; None: none.
         teacher: Who teaches where a section's distill is not 0; None: the baseline teaches sparse
             training and fine-tuning.
     """
@@ -96,6 +110,7 @@ class Experiment(Settings):
     finetune: FinetuneSettings
     export: ExportSettings | None = ExportSettings()
     quantize: QuantizeSettings | None = QuantizeSettings()
+    champion: ChampionSettings | None = ChampionSettings()
     controls: ControlSettings = ControlSettings()
     execution: ExecutionSettings = ExecutionSettings()
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import StoppedError
 from crnn.settings import ExportSettings, QuantizeSettings, TeacherSettings
-from flows import children, definitions, display, project, report
+from flows import cache, children, definitions, display, project, report
 from flows.cache import READINESS, Manifest, Stage
+from flows.champion import Champion, crown
 from flows.experiment import Experiment
 from flows.flow_runs import attended
 from flows.rows import Row, Variant, mean_of_seeds, row_of
@@ -51,12 +53,14 @@ class Frontier:
         computed: Labels of the stages that had to be computed.
         sweep_run: MLflow run of the sweep, or None where MLflow could not be reached.
         report: Folder of its tables and plots.
+        champion: Which model the registry names best, and why, in a sentence.
     """
 
     rows: list[Row]
     computed: list[str]
     sweep_run: str | None
     report: Path
+    champion: str
 
 
 @task(cache_policy=NO_CACHE, task_run_name="data")
@@ -135,6 +139,12 @@ def qat(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
     return run_stage(context, stage, whole_machine=False)
 
 
+@task(cache_policy=NO_CACHE, task_run_name="judge {exported.label}")
+def judge(context: Context, data: Manifest, exported: Manifest) -> Any:
+    """Read the val lines with an earlier export."""
+    return run_stage(context, definitions.judge_stage(data, exported))
+
+
 @task(cache_policy=NO_CACHE, task_run_name="measure {variant.point}{context.of_seed}")
 def measure(context: Context, variant: Variant) -> Any:
     """Parameters, multiply-adds, bytes, latency."""
@@ -188,7 +198,11 @@ def _sweep(context: Context) -> Frontier:
     shipped = _shipped(context.experiment, trained)
     # Latency needs a quiet machine: one network after another, when nothing trains any more.
     measured = {seed.seed: _measured(seed, variants) for seed, variants in shipped}
-    return _publish(context, _of_all_seeds(measured))
+    rows = _of_all_seeds(measured)
+    folder, sweep_run = _publish(context, rows)
+    figures_of = partial(_on_these_lines, context, samples)
+    crowned = crown(context.experiment, context.tracker, rows, sweep_run, figures_of)
+    return Frontier(rows, context.computed, sweep_run, folder, crowned)
 
 
 @dataclass(frozen=True)
@@ -345,8 +359,12 @@ def _of_all_seeds(measured: dict[int, list[Row]]) -> list[Row]:
     return means
 
 
-def _publish(context: Context, rows: list[Row]) -> Frontier:
-    """Write the report, record the sweep in MLflow, and show the table in Prefect."""
+def _publish(context: Context, rows: list[Row]) -> tuple[Path, str | None]:
+    """Write the report, record the sweep in MLflow, and show the table in Prefect.
+
+    Returns:
+        The report's folder, and the sweep's run where MLflow could be reached.
+    """
     experiment = context.experiment
     # A point that was measured anew makes another sweep: what is recorded is never changed.
     content = json.dumps([experiment.name, rows])
@@ -363,7 +381,17 @@ def _publish(context: Context, rows: list[Row]) -> Frontier:
         key=f"frontier-{experiment.name.lower().replace('_', '-')}",
         description=_links(context.tracker, rows, sweep_run),
     )
-    return Frontier(rows, context.computed, sweep_run, folder)
+    return folder, sweep_run
+
+
+def _on_these_lines(context: Context, samples: Manifest, reigning: Champion) -> Row | None:
+    """Figures of the present champion on the val lines of a sweep; None where it is not here."""
+    if reigning.data == samples.key:
+        return reigning.figures
+    exported = cache.find(reigning.key, display.say)
+    if exported is None:
+        return None
+    return {**reigning.figures, **_result(judge.submit(context, samples, exported)).metrics}
 
 
 def _links(tracker: Tracker, rows: list[Row], sweep_run: str | None) -> str:

@@ -10,7 +10,7 @@ from crnn.data.images import decode
 from crnn.errors import DataError
 from crnn.reading import Reader, load_exported, read_images
 from flows import project
-from flows.cache import MODEL
+from flows.cache import MODEL, ONNX
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -64,7 +64,10 @@ def _local(model: str) -> Path:
     from flows.tracking import download
 
     path = download(model)
-    return path / MODEL if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    served = path / "artifacts" / ONNX
+    return served if served.exists() else path / MODEL
 
 
 def _open(file: Path) -> Image.Image:

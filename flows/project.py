@@ -59,6 +59,7 @@ def configure_environment() -> None:
         # Stages never wait for MLflow: what could not be logged is logged later.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "GIT_PYTHON_REFRESH": "quiet",
     }
     for name, value in defaults.items():

@@ -256,8 +256,21 @@ class Tracker:
             files: Folder of tables and plots.
         """
         self._thread.submit(self._retry_now)
-        run_id: str | None = self._later(self._sweep, name, key, points, params, files).result()
+        run_id: str | None = self.ask(self._sweep, name, key, points, params, files)
         return run_id
+
+    def ask(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Have it done after all that is still to be recorded, and wait for what it returns.
+
+        None where MLflow cannot be reached.
+        """
+        return self._later(action, *arguments).result()
+
+    def point_run(self, sweep_run: str, point: str) -> str | None:
+        """MLflow run of a point of a sweep; call it through ask."""
+        condition = f"tags.mlflow.parentRunId = '{sweep_run}' and attributes.run_name"
+        found = self._find(condition, point)
+        return str(found.info.run_id) if found else None
 
     def _retry_now(self) -> None:
         self._retry_at = -math.inf

@@ -43,7 +43,7 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
     from flows.stages.controls import scratch, small
     from flows.stages.cutting import measure, prune
     from flows.stages.data import data
-    from flows.stages.export import export
+    from flows.stages.export import export, judge
     from flows.stages.quantize import int8, qat
     from flows.stages.sparse import sparse
     from flows.stages.targets import target
@@ -60,6 +60,7 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
         "scratch": scratch,
         "small": small,
         "export": export,
+        "judge": judge,
         "int8": int8,
         "qat": qat,
         "measure": measure,

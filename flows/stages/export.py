@@ -12,9 +12,8 @@ from crnn.evaluation import Reading, score
 from crnn.export import export_onnx
 from crnn.reading import Reader, decode, load_exported
 from crnn.settings import ExportSettings
+from flows.cache import ONNX
 from flows.stages.work import Outcome, Work
-
-ONNX = "model.onnx"
 
 TOLERANCE = 1e-4
 """Largest difference of a probability between a network and its export."""
@@ -38,6 +37,21 @@ def export(work: Work) -> Outcome:
         "export/max_difference": difference,
         "export/bytes": float((work.out / ONNX).stat().st_size),
     }
+
+
+def judge(work: Work) -> Outcome:
+    """Read the val lines with an export that may have been made of other data.
+
+    Raises:
+        CheckpointError: It reads other characters.
+    """
+    exported = load_exported(work.input("export"))
+    val = work.lines("val")
+    if exported.charset != val.charset:
+        raise CheckpointError("the champion reads other characters than the data has")
+    scores = score(read_exported(exported, evaluation_batches(val)), work.unseen())
+    work.write_json("scores.json", scores)
+    return "scores.json", scores
 
 
 def _read_with_both(

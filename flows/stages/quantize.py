@@ -13,8 +13,8 @@ from crnn.metrics import word_accuracy
 from crnn.quantization import layers_of, quantize
 from crnn.reading import Reader, load_exported
 from crnn.settings import QuantizeSettings
-from flows.cache import MODEL
-from flows.stages.export import ONNX, pixels_of, read_exported
+from flows.cache import MODEL, ONNX
+from flows.stages.export import pixels_of, read_exported
 from flows.stages.training import train
 from flows.stages.work import Outcome, Work
 from pruning.coupling import groups_of

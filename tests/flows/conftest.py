@@ -214,3 +214,20 @@ def finished(
 ) -> tuple[Project, dict[str, Any]]:
     """The tiny frontier, computed, and what it printed. Do not change what others rely on."""
     return computed(tmp_path_factory, "tiny")
+
+
+READABLE = {
+    "data": {**TINY["data"], "text": {"alphabet": "0", "min_length": 1, "max_length": 1}},
+    "baseline": {"epochs": 12, "batch_size": 4, "learning_rate": 1e-2},
+    "export": {},
+    "quantize": {"judged_lines": 48, "calibration_lines": 16},
+}
+"""Changes with which the networks read something, of an alphabet of one, and are exported."""
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, prefect_server: str
+) -> tuple[Project, dict[str, Any]]:
+    """A tiny frontier with its exports, in float and in 8 bits, and a champion."""
+    return computed(tmp_path_factory, "exported", **READABLE)

@@ -1,0 +1,76 @@
+"""Networks in 8 bits: smaller, much the same, and trained for it without a change of their form."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from crnn.charset import Charset
+from crnn.checkpoint import Checkpoint
+from crnn.data.batches import Lines, evaluation_batches
+from crnn.export import export_onnx
+from crnn.fake_quantization import fake_quantized, round_input, round_weight
+from crnn.quantization import layers_of, quantize
+from crnn.reading import load_exported
+from crnn.settings import ExportSettings
+from tests.conftest import random_recogniser
+
+
+def pixels(count: int, width: int) -> np.ndarray:
+    return np.random.default_rng(width).integers(0, 255, (count, 32, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_a_network_in_8_bits_is_small_and_close(tmp_path: Path, normalise: bool) -> None:
+    checkpoint = Checkpoint(random_recogniser(0.3).float().eval(), Charset("0123456789"), 160, "x")
+    exact, whole, part = (tmp_path / f"{name}.onnx" for name in ("exact", "whole", "part"))
+    export_onnx(exact, checkpoint, ExportSettings(normalise=normalise), {"ratio": 0.62})
+    layers = layers_of(exact)
+    assert len(layers) == 13, "ten convolutions, two LSTM layers, the head"
+    quantize(exact, whole, [pixels(4, 64), pixels(4, 96)], layers)
+    quantize(exact, part, [pixels(4, 64)], layers[:1])
+    sizes = [path.stat().st_size for path in (exact, whole, part)]
+    assert sizes[1] < 0.4 * sizes[0]
+    assert sizes[1] < sizes[2] <= 1.02 * sizes[0]
+    kinds = {node.op_type for node in onnx.load(whole).graph.node}
+    assert "DynamicQuantizeLSTM" in kinds
+    assert "LSTM" not in kinds
+    read, truth = load_exported(whole), load_exported(exact)
+    assert read.provenance == {"ratio": 0.62}
+    best, expected = (r.best_path(pixels(3, 80))[0] for r in (read, truth))
+    assert 0 < np.abs(best - expected).mean() < 0.05
+
+
+def test_rounding_is_that_of_8_bits() -> None:
+    torch.manual_seed(0)
+    weight, given = torch.randn(3, 40), torch.rand(2, 50) * 3
+    rounded = round_weight(weight)
+    for row, exact in zip(rounded, weight, strict=True):
+        scale = exact.abs().max() / 127
+        assert torch.allclose(row / scale, (row / scale).round(), atol=1e-3)
+        assert (row - exact).abs().max() <= scale / 2 + 1e-6
+    assert len(round_input(given).unique()) <= 256
+    assert (round_input(given) - given).abs().max() < given.max() / 255
+    assert round_input(torch.zeros(2, 2)).abs().max() == 0
+    assert round_weight(torch.zeros(2, 2)).abs().max() == 0
+
+
+def test_a_network_computes_as_in_8_bits_and_is_then_what_it_was(lines: Lines) -> None:
+    model = random_recogniser().float().eval()
+    images = next(iter(evaluation_batches(lines))).images.float() / 127.5 - 1
+    kinds, names = [type(m) for m in model.modules()], list(model.state_dict())
+    with torch.no_grad():
+        exact = model(images)
+        with fake_quantized(model):
+            rounded = model(images)
+            assert list(model.state_dict()) == names
+        again = model(images)
+    assert torch.equal(exact, again)
+    assert [type(m) for m in model.modules()] == kinds
+    assert 0 < (exact - rounded).abs().mean() < 0.2 * exact.abs().mean()
+    with fake_quantized(model):
+        model(images).square().mean().backward()
+    assert model.cnn[0].weight.grad is not None
+    assert model.cnn[0].weight.grad.abs().max() > 0

@@ -1,0 +1,162 @@
+"""Which point becomes champion, what the registry then has, and that it serves."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crnn.data.render import render_line
+from flows.champion import beats, best_of
+from flows.experiment import ChampionSettings
+from tests.conftest import DIGITS
+from tests.flows.conftest import Project, client_of, copy_of, free_port, wait_for
+
+Exported = tuple[Project, dict[str, Any]]
+
+
+def row(point: str, accuracy: float, size: float, ms: float) -> dict[str, Any]:
+    return {
+        "point": point,
+        "val/word_accuracy": accuracy,
+        "cost/onnx_bytes": size,
+        "cost/onnx_latency_ms": ms,
+        "onnx": "somewhere",
+    }
+
+
+ROWS = [
+    row("baseline", 0.95, 4e6, 9.0),
+    row("0.62", 0.955, 2e6, 3.0),
+    row("0.62 int8", 0.945, 0.6e6, 2.0),
+    row("0.87", 0.94, 0.9e6, 1.0),
+    row("0.87 int8", 0.90, 0.2e6, 0.9),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "best"),
+    [
+        ({}, "0.62 int8"),
+        ({"within": 5}, "0.87 int8"),
+        ({"within": 0}, "0.62"),
+        ({"rule": "fastest"}, "0.87"),
+        ({"rule": "most_accurate"}, "0.62"),
+        ({"rule": "most_accurate", "max_mb": 1}, "0.62 int8"),
+        ({"rule": "most_accurate", "max_mb": 0.1}, None),
+    ],
+)
+def test_the_rule_chooses(settings: dict[str, Any], best: str | None) -> None:
+    chosen = best_of(ROWS, ChampionSettings.model_validate(settings))
+    assert (chosen and chosen["point"]) == best
+
+
+def test_a_network_that_reads_nothing_is_no_champion() -> None:
+    assert best_of([row("baseline", 0.0, 1, 1)], ChampionSettings()) is None
+
+
+def test_only_the_better_one_takes_the_place() -> None:
+    settings = ChampionSettings()
+    assert beats(row("new", 0.94, 100, 1), row("old", 0.95, 101, 1), settings)
+    assert not beats(row("new", 0.96, 100, 1), row("old", 0.95, 99, 1), settings)
+    assert beats(row("new", 0.96, 100, 1), row("old", 0.95, 100, 1), settings)
+    assert not beats(row("same", 0.95, 100, 1), row("same", 0.95, 100, 1), settings)
+
+
+def test_the_champion_is_registered_once_and_only_a_better_one_follows(
+    exported: Exported, tmp_path: Path
+) -> None:
+    project = copy_of(exported, tmp_path / "copy")
+    printed = exported[1]
+    assert "version 1 of tiny is champion" in printed["champion"]
+    again = project.frontier()
+    assert again["computed"] == []
+    assert again["champion"].startswith("version 1 of tiny stays champion: it is ")
+    other = project.frontier("--set", "champion={rule: most_accurate, max_mb: 0.001}")
+    assert other["champion"].startswith("no champion: no exported point is small enough")
+    larger = project.frontier("--set", "quantize=null")
+    assert "stays champion: it has" in larger["champion"]
+    client = client_of(project)
+    version = client.get_model_version_by_alias("tiny", "champion")
+    assert int(version.version) == 1
+    assert "95% interval" in version.description
+    assert "Licence of the data: not stated" in version.description
+    tags = client.get_run(version.run_id).data.tags
+    assert tags["kind"] == "point"
+    assert tags["int8_key"] == version.tags["key"]
+    image = tmp_path / "line.png"
+    render_line(7, 3, DIGITS)[0].save(image)
+    reading = project.run("predict", "models:/tiny@champion", str(image), "--json")
+    assert len(json.loads(reading.stdout)["readings"]) == 1
+
+
+def test_other_lines_are_read_by_the_champion_before_it_is_judged(
+    exported: Exported, tmp_path: Path
+) -> None:
+    project = copy_of(exported, tmp_path / "copy")
+    # The same charset, other lines: the file of the champion is here to read them.
+    printed = project.frontier("--set", "data.val=12", "--set", "ratios=[0.6]")
+    assert any(label.startswith("judge int8") for label in printed["computed"])
+    assert "champion" in printed["champion"]
+
+
+def request(address: str, content: Any) -> tuple[int, Any]:
+    data = json.dumps(content).encode()
+    headers = {"Content-Type": "application/json"}
+    asked = urllib.request.Request(f"{address}/invocations", data, headers)
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_champion_serves_and_survives_bad_requests(exported: Exported, tmp_path: Path) -> None:
+    project, _ = exported
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/tiny@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}"}
+    options = project.options()
+    # MLflow starts a server by its name alone.
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**options["env"], **store, **path}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for(f"{address}/ping")
+        image = tmp_path / "line.png"
+        render_line(7, 3, DIGITS)[0].save(image)
+        encoded = base64.b64encode(image.read_bytes()).decode()
+        status, read = request(address, {"dataframe_records": [{"image": encoded}] * 2})
+        assert status == 200
+        (first, second) = read["predictions"]
+        assert first == second
+        assert set(first) == {"text", "confidence"}
+        status, by_path = request(address, {"dataframe_records": [{"path": str(image)}]})
+        assert by_path["predictions"] == [first]
+        refusals = {
+            "at most 1000 images": [{"image": encoded[:8]}] * 10_000,
+            "at most 20,000,000 bytes": [{"image": "A" * 100_000_000}],
+            "not base64": [{"image": "no base64!"}],
+            "cannot be read": [{"image": base64.b64encode(b"no image").decode()}],
+            "either image or path": [{"image": encoded, "path": str(image)}],
+            "No such file": [{"path": "/nowhere.png"}],
+        }
+        for reason, records in refusals.items():
+            status, answer = request(address, {"dataframe_records": records})
+            assert status == 400, answer
+            assert reason in answer
+        assert request(address, {"dataframe_records": [{"image": encoded}]})[0] == 200
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -1,0 +1,87 @@
+"""Points in 8 bits, and what is done where rounding costs too much."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from crnn.checkpoint import load_checkpoint
+from flows.cache import HISTORY, MODEL
+from flows.stages.quantize import _within_budget, qat
+from flows.stages.work import Work
+from tests.flows.conftest import READABLE, Project, points_of
+
+Exported = tuple[Project, dict[str, Any]]
+
+
+def test_every_point_has_one_in_8_bits(exported: Exported) -> None:
+    project, printed = exported
+    names = [row["point"] for row in printed["rows"]]
+    assert names == ["baseline", "baseline int8", "0.3", "0.3 int8", "0.6", "0.6 int8"]
+    rows = {row["point"]: row for row in printed["rows"]}
+    for name in names[::2]:
+        exact, rounded = rows[name], rows[f"{name} int8"]
+        path = project.home / rounded["onnx"]
+        assert any("Quantize" in node.op_type for node in onnx.load(path).graph.node)
+        assert rounded["cost/bytes"] == rounded["cost/onnx_bytes"] == path.stat().st_size
+        assert rounded["cost/bytes"] < exact["cost/onnx_bytes"]
+        assert rounded["cost/params_total"] == exact["cost/params_total"]
+        assert rounded["quantize/layers"] + rounded["quantize/layers_in_float"] == 13
+        assert rounded["quantize/drop"] <= 0.3
+        assert "cost/latency_ms" not in rounded, "torch computes it in float"
+        assert rounded["val/samples"] == 16
+    recorded = points_of(project, printed["sweep_run"])["0.6 int8"].data
+    assert recorded.metrics["cost/bytes"] == rows["0.6 int8"]["cost/bytes"]
+
+
+def test_layers_that_cost_too_much_stay_in_float() -> None:
+    costs = {"a": 1, "b": 10, "c": 1, "d": 5}
+
+    def chosen(budget: float) -> tuple[list[str], float]:
+        def quantized(layers: Sequence[str]) -> Any:
+            return sum(costs[layer] for layer in layers)
+
+        def same(cost: Any) -> float:
+            return float(cost)
+
+        return _within_budget(list(costs), quantized, same, same, budget)
+
+    assert chosen(20) == (["a", "b", "c", "d"], 17)
+    assert chosen(10) == (["a", "c", "d"], 7)
+    assert chosen(3) == (["a", "c"], 2)
+    assert chosen(1) == (["a"], 1)
+    assert chosen(0.5) == ([], 0)
+
+
+def test_a_network_is_trained_on_for_8_bits(exported: Exported, tmp_path: Path) -> None:
+    project, _ = exported
+    made = {label: project.manifests()[label] for label in ("data", "finetune 0.6")}
+    folder = project.home / "stages"
+    inputs = {
+        name: {
+            "file": str(folder / made[label]["key"] / made[label]["result"]),
+            "sha256": made[label]["files"][made[label]["result"]]["sha256"],
+        }
+        for name, label in (("data", "data"), ("model", "finetune 0.6"))
+    }
+    job = {
+        "stage": "qat",
+        "settings": {"seed": 0, "train": {"epochs": 2, "batch_size": 16, "learning_rate": 2e-4}},
+        "data": READABLE["data"],
+        "seed": 0,
+        "inputs": inputs,
+        "cpus": 1,
+        "loader_workers": 0,
+    }
+    (tmp_path / "out").mkdir()
+    work = Work(job, tmp_path, tmp_path / "out", lambda event: None)
+    result, metrics = qat(work)
+    assert result == MODEL
+    assert metrics["val/samples"] == 16
+    assert len((work.out / HISTORY).read_text().splitlines()) == 2
+    before = load_checkpoint(Path(inputs["model"]["file"])).model.state_dict()
+    after = load_checkpoint(work.out / result).model.state_dict()
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    assert not torch.equal(before["cnn.0.weight"], after["cnn.0.weight"])
