@@ -1,10 +1,13 @@
-"""Latency and throughput of the full-width VGG13, uncut and cut, in torch and in onnxruntime.
+"""Latency and throughput of the full-width VGG13, uncut and cut, in torch, onnxruntime and int8.
 
     .venv/bin/python -m benchmarks.latency
 
 5,963 classes, random weights. The cut of 0.62 has the article's widths, that of 0.87 keeps 13% of
-every layer. All candidates take turns in every round, so that what else the machine does hits all
-of them; ratios are to the uncut network in torch with the same threads, batch and width.
+every layer; "in eights" is the same with every layer's width at the nearest multiple of 8, which
+vector units like. All candidates take turns in every round, so that what else the machine does hits
+all of them; ratios are to the uncut network in torch with the same threads, batch and width. The
+exports have the best path inside (`export.output: classes`), as torch has it here. The bound is the
+time that the multiply-adds alone take at the speed of a large float32 matrix product.
 """
 
 import json
@@ -24,6 +27,7 @@ from crnn.checkpoint import Checkpoint
 from crnn.devices import describe
 from crnn.export import export_onnx
 from crnn.networks.recogniser import Recogniser
+from crnn.quantization import layers_of, quantize
 from crnn.reading import load_exported, normalised
 from crnn.settings import ExportSettings, ModelSettings
 from pruning.cost import macs, parameters
@@ -32,7 +36,10 @@ from pruning.surgery import cut
 
 CHARACTERS = 5962
 ARTICLE = (36, 50, 73, 92, 90, 119, 94, 134, 253, 177)
-ROUNDS = 30
+ROUNDS = {1: 30, 32: 8}
+"""Of so many lines at a time."""
+
+KINDS = ("torch", "onnxruntime", "int8")
 CASES = [
     (threads, batch, width)
     for threads in (1, 2)
@@ -47,21 +54,28 @@ def main() -> None:
         print(json.dumps(_case(*(int(number) for number in sys.argv[1:]))))
         return
     torch.manual_seed(0)
-    print(f"{describe(torch.device('cpu'))}; medians of {ROUNDS} rounds, in ms, with quartiles\n")
-    for name, model in networks().items():
-        print(f"{name}: {parameters(model)['total']:,} parameters, {macs(model) / 1e6:.1f} M MACs")
-    print("\n| threads | lines | width | network | torch | onnxruntime | times as fast |")
-    print("| --: | --: | --: | :-- | --: | --: | --: |")
+    print(f"{describe(torch.device('cpu'))}; medians in ms, with quartiles\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in networks().items():
+            sizes = [path.stat().st_size / 1e6 for path in _files(Path(folder) / name, model)]
+            count = f"{parameters(model)['total']:,} parameters, {macs(model) / 1e6:.1f} M MACs"
+            print(f"{name}: {count}, {sizes[0]:.2f} MB, in int8 {sizes[1]:.2f} MB")
+    columns = ["threads", "lines", "width", "network", *KINDS, "times as fast", "times the bound"]
+    print(f"\n| {' | '.join(columns)} |\n|{' --: |' * len(columns)}")
     for case in CASES:
         command = [sys.executable, "-m", "benchmarks.latency", *(str(number) for number in case)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         times: dict[str, list[float]] = json.loads(done.stdout)
-        uncut = median(times["uncut torch"])
         for name in networks():
-            eager, shipped = times[f"{name} torch"], times[f"{name} onnx"]
-            gains = f"{uncut / median(eager):.1f} / {uncut / median(shipped):.1f}"
-            cells = [*(str(n) for n in case), name, _cell(eager), _cell(shipped), gains]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print(f"| {' | '.join(_cells(case, name, times))} |", flush=True)
+
+
+def _cells(case: tuple[int, int, int], name: str, times: dict[str, list[float]]) -> list[str]:
+    own = [times[f"{name} {kind}"] for kind in KINDS]
+    uncut, bound = median(times["uncut torch"]), median(times[f"{name} bound"])
+    gains = " / ".join(f"{uncut / median(each):.1f}" for each in own)
+    bounds = " / ".join(f"{median(each) / bound:.1f}" for each in own)
+    return [*(str(number) for number in case), name, *map(_cell, own), gains, bounds]
 
 
 def _cell(times: list[float]) -> str:
@@ -77,8 +91,11 @@ def networks() -> dict[str, Recogniser]:
     def keeping(widths: list[int]) -> Recogniser:
         return cut(model, [torch.arange(n) < w for n, w in zip(full, widths, strict=True)])
 
-    small = [round(0.13 * n) for n in full]
-    return {"uncut": model, "cut 0.62": keeping(list(ARTICLE)), "cut 0.87": keeping(small)}
+    found = {"uncut": model}
+    for name, widths in (("0.62", ARTICLE), ("0.87", [round(0.13 * n) for n in full])):
+        found[f"cut {name}"] = keeping(list(widths))
+        found[f"cut {name}, in eights"] = keeping([max(8, 8 * round(w / 8)) for w in widths])
+    return found
 
 
 @torch.no_grad()
@@ -87,16 +104,16 @@ def _case(threads: int, batch: int, width: int) -> dict[str, list[float]]:
     torch.set_num_threads(threads)
     pixels = np.random.default_rng(0).integers(0, 255, (batch, 32, width, 3), dtype=np.uint8)
     images = torch.from_numpy(normalised(pixels)).contiguous(memory_format=torch.channels_last)
-    charset = Charset("".join(chr(0x4E00 + i) for i in range(CHARACTERS)))
     candidates: dict[str, Callable[[], object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in networks().items():
-            path = Path(folder) / f"{name}.onnx"
-            export_onnx(path, Checkpoint(model, charset, 320, "random"), ExportSettings(), {})
-            candidates[f"{name} onnx"] = _reader(path, threads, pixels)
+            exact, int8 = _files(Path(folder) / name, model)
+            candidates[f"{name} onnxruntime"] = _reader(exact, threads, pixels)
+            candidates[f"{name} int8"] = _reader(int8, threads, pixels)
             candidates[f"{name} torch"] = _eager(model, images)
+            candidates[f"{name} bound"] = _product(batch * macs(model, width))
         times: dict[str, list[float]] = {name: [] for name in candidates}
-        for number in range(ROUNDS + 3):
+        for number in range(ROUNDS[batch] + 3):
             for name, run in candidates.items():
                 begun = time.perf_counter()
                 run()
@@ -108,6 +125,24 @@ def _case(threads: int, batch: int, width: int) -> dict[str, list[float]]:
 def _reader(path: Path, threads: int, pixels: np.ndarray) -> Callable[[], object]:
     exported = load_exported(path, threads)
     return lambda: exported.best_path(pixels)
+
+
+def _files(place: Path, model: Recogniser) -> tuple[Path, Path]:
+    """A network as ONNX, in float and in 8 bits."""
+    exact, int8 = Path(f"{place}.onnx"), Path(f"{place} int8.onnx")
+    charset = Charset("".join(chr(0x4E00 + i) for i in range(CHARACTERS)))
+    settings = ExportSettings(output="classes")
+    export_onnx(exact, Checkpoint(model, charset, 320, "random"), settings, {})
+    noise = np.random.default_rng(0).integers(0, 255, (4, 32, 128, 3), dtype=np.uint8)
+    quantize(exact, int8, [noise], layers_of(exact))
+    return exact, int8
+
+
+def _product(multiply_adds: int) -> Callable[[], object]:
+    """A float32 matrix product of so many multiply-adds, of the shape that is fastest here."""
+    rows = max(1, round(multiply_adds / 512**2))
+    left, right = torch.randn(rows, 512), torch.randn(512, 512)
+    return lambda: left @ right
 
 
 def _eager(model: Recogniser, images: torch.Tensor) -> Callable[[], object]:

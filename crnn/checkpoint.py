@@ -92,12 +92,17 @@ def reader_of(checkpoint: Checkpoint) -> Reader:
     model = checkpoint.model.eval()
 
     @torch.inference_mode()
-    def best_path(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def probabilities(pixels: np.ndarray) -> np.ndarray:
         images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(model.device))
-        best, classes = model(images).softmax(2).max(2)
-        return best.T.cpu().numpy(), classes.T.cpu().numpy()
+        found: np.ndarray = model(images).softmax(2).permute(1, 0, 2).cpu().numpy()
+        return found
 
-    return Reader(best_path, checkpoint.charset, checkpoint.max_width, model.stride, {})
+    def best_path(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = probabilities(pixels)
+        return found.max(2), found.argmax(2)
+
+    width, stride = checkpoint.max_width, model.stride
+    return Reader(best_path, probabilities, checkpoint.charset, width, stride, {})
 
 
 def recogniser_of(settings: ModelSettings, classes: int, tensors: dict[str, Tensor]) -> Recogniser:

@@ -175,12 +175,22 @@ def compare(
 def predict(
     model: Annotated[str, typer.Argument(help="Checkpoint file, or an MLflow URI (runs:/...).")],
     images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
+    beam: Annotated[
+        int, typer.Option(min=0, max=1000, help="Texts that beam search follows; 0: greedy.")
+    ] = 0,
+    lexicon: Annotated[
+        Path | None, typer.Option(help="Read only texts of this file, one a line.")
+    ] = None,
+    language: Annotated[
+        Path | None, typer.Option(help="Example texts: prefer what looks like them.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read text from images: one line each with path, text and confidence."""
+    from flows.predict import Decoding
     from flows.predict import predict as read
 
-    readings, failures = read(model, images)
+    readings, failures = read(model, images, Decoding(beam, lexicon, language))
     if as_json:
         _print_json({"readings": readings, "failures": failures})
     else:

@@ -1,11 +1,14 @@
 """Reading images with a checkpoint or an export, which needs no torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from crnn.beam import BeamSearch, Lexicon, NGram
+from crnn.charset import Charset
 from crnn.data.images import decode
 from crnn.errors import DataError
 from crnn.reading import Reader, load_exported, read_images
@@ -18,20 +21,38 @@ AT_ONCE = 1024
 """Images that are in memory at a time."""
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How lines are decoded, greedily unless something is set.
+
+    Attributes:
+        beam: Texts that beam search follows; 0: no beam search, unless a file asks for it.
+        lexicon: File of the texts that can be read, one a line.
+        language: File of example texts, one a line or a label file, for a character n-gram.
+    """
+
+    beam: int = 0
+    lexicon: Path | None = None
+    language: Path | None = None
+
+
 def predict(
-    model: str, images: Sequence[Path]
+    model: str, images: Sequence[Path], decoding: Decoding = Decoding()
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Read every image.
 
     Args:
         model: Checkpoint, ONNX file, or MLflow URI of one, or of a run's artifact folder.
         images: Files and folders; of a folder, every image file below it.
+        decoding: How.
 
     Returns:
-        Readings (image, text, confidence) in the order given, and failures (image, reason).
+        Readings (image, text, confidence, characters) in the order given, and failures (image,
+        reason).
     """
     path = _local(model)
     reader = _reader(path)
+    beam = _beam(decoding, reader.charset)
     files = [file for place in images for file in _files(place)]
     readings, failures = [], []
     for start in range(0, len(files), AT_ONCE):
@@ -41,12 +62,43 @@ def predict(
                 opened[file] = _open(file)
             except DataError as error:
                 failures.append({"image": str(file), "reason": str(error)})
-        for file, (text, confidence) in zip(
-            opened, read_images(reader, list(opened.values())), strict=True
-        ):
-            reading = {"image": str(file), "text": text, "confidence": round(confidence, 6)}
-            readings.append(reading)
+        found = read_images(reader, list(opened.values()), beam)
+        for file, read in zip(opened, found, strict=True):
+            readings.append(
+                {
+                    "image": str(file),
+                    "text": read.text,
+                    "confidence": round(read.confidence, 6),
+                    "characters": [round(share, 6) for share in read.characters],
+                }
+            )
     return readings, failures
+
+
+def _beam(decoding: Decoding, charset: Charset) -> BeamSearch | None:
+    """The search that was asked for; None: greedy decoding."""
+    if decoding == Decoding():
+        return None
+    lexicon = language = None
+    if decoding.lexicon:
+        lexicon = Lexicon(_texts(decoding.lexicon), charset)
+        if not len(lexicon):
+            raise DataError(f"no text of {decoding.lexicon} is in the charset of the model")
+    if decoding.language:
+        language = NGram(_texts(decoding.language), charset)
+    width = decoding.beam or BeamSearch.width
+    return BeamSearch(width=width, lexicon=lexicon, language=language)
+
+
+def _texts(path: Path) -> list[str]:
+    """Lines of a file; of a label file the labels."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start})") from error
+    return [line.rpartition("\t")[2] for line in lines if line]
 
 
 def _reader(path: Path) -> Reader:

@@ -55,8 +55,8 @@ class LineReader(PythonModel):
         """
         images = [_open(row) for row in _rows(model_input)]
         return [
-            {"text": text, "confidence": round(confidence, 6)}
-            for text, confidence in read_images(self._reader, images)
+            {"text": read.text, "confidence": round(read.confidence, 6)}
+            for read in read_images(self._reader, images)
         ]
 
 

@@ -67,16 +67,16 @@ def _read_with_both(
     for batch in evaluation_batches(lines):
         pixels = pixels_of(batch)
         best, classes = exported.best_path(pixels)
-        expected, truth = network.best_path(pixels)
+        expected, expected_classes = network.best_path(pixels)
         difference = max(difference, float(np.abs(best - expected).max()))
         widths = batch.widths.tolist()
         readings = decode(exported, best, classes, widths)
-        truths = decode(network, expected, truth, widths)
-        for index, label, (text, confidence), (true_text, _) in zip(
+        truths = decode(network, expected, expected_classes, widths)
+        for index, label, read, truth in zip(
             batch.indices, batch.labels, readings, truths, strict=True
         ):
-            differing += text != true_text
-            found.append(Reading(index, text, label, confidence))
+            differing += read.text != truth.text
+            found.append(Reading(index, read.text, label, read.confidence))
     return found, difference, differing
 
 
@@ -86,10 +86,8 @@ def read_exported(exported: Reader, batches: Iterable[Batch]) -> list[Reading]:
     for batch in batches:
         texts = decode(exported, *exported.best_path(pixels_of(batch)), batch.widths.tolist())
         found += [
-            Reading(index, text, label, confidence)
-            for index, label, (text, confidence) in zip(
-                batch.indices, batch.labels, texts, strict=True
-            )
+            Reading(index, read.text, label, read.confidence)
+            for index, label, read in zip(batch.indices, batch.labels, texts, strict=True)
         ]
     return found
 

@@ -41,8 +41,8 @@ def test_an_export_reads_as_the_network_at_any_width_and_batch(
         for found, truth in zip(exported.best_path(pixels), reader.best_path(pixels), strict=True):
             assert np.abs(found - truth).max() < 1e-5
     readings, truths = read_images(exported, pictures()), read_images(reader, pictures())
-    assert [text for text, _ in readings] == [text for text, _ in truths]
-    assert np.allclose([c for _, c in readings], [c for _, c in truths], rtol=1e-3)
+    assert [r.text for r in readings] == [r.text for r in truths]
+    assert np.allclose(*([r.confidence for r in found] for found in (readings, truths)), rtol=1e-3)
     assert (exported.max_width, exported.stride) == (160, 4)
     assert exported.provenance == {"ratio": 0.62}
 
@@ -104,5 +104,5 @@ def test_reading_with_an_export_imports_no_torch(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    text, _ = read_images(reader_of(CHECKPOINT), pictures(1))[0]
+    text = read_images(reader_of(CHECKPOINT), pictures(1))[0].text
     assert done.stdout == f"{text}\n[]\n"
