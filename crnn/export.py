@@ -80,7 +80,8 @@ def export_onnx(
             dynamo=False,
         )
         network = onnx.load_model(Path(folder) / "network.onnx")
-    content = json.dumps(_metadata(checkpoint, provenance), sort_keys=True)
+    # A charset of thousands of characters is half as long without escapes.
+    content = json.dumps(_metadata(checkpoint, provenance), sort_keys=True, ensure_ascii=False)
     for key, value in (
         (METADATA, content),
         (DIGEST, hashlib.sha256(content.encode()).hexdigest()),

@@ -71,6 +71,7 @@ def quantize(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
+            extra_options={"TensorQuantOverrides": _one_scale_for_heads(network)},
         )
         quantize_dynamic(
             static,
@@ -81,6 +82,45 @@ def quantize(
             weight_type=QuantType.QInt8,
         )
         quantized = onnx.load(whole)
+    _strip(quantized.graph)
     del quantized.metadata_props[:]
     quantized.metadata_props.extend(network.metadata_props)
     write_atomic(target, quantized.SerializeToString(deterministic=True))
+
+
+def _one_scale_for_heads(network: onnx.ModelProto) -> dict[str, list[dict[str, QuantType]]]:
+    """Overrides for the weights of the head, whose thousands of outputs would each have a scale."""
+    heads = [node for node in network.graph.node if node.op_type in ("Gemm", "MatMul")]
+    weights = {tensor.name for tensor in network.graph.initializer}
+    return {
+        name: [{"quant_type": QuantType.QInt8}]
+        for node in heads
+        for name in node.input[:2]
+        if name in weights
+    }
+
+
+def _strip(graph: onnx.GraphProto) -> None:
+    """Take out of a graph what costs bytes and says nothing: shapes, zeros, long names."""
+    del graph.value_info[:]  # The runtime infers them.
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT32)
+    signed = {tensor.name for tensor in graph.initializer if tensor.data_type in kinds}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and set(node.input[2:]) & signed:
+            del node.input[2:]  # Weights and biases are symmetric: their zero is 0.
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    outside = {value.name for value in (*graph.input, *graph.output)}
+    short: dict[str, str] = {}
+
+    def shortened(name: str) -> str:
+        return name if not name or name in outside else short.setdefault(name, f"{len(short):x}")
+
+    for node in graph.node:
+        node.name = ""
+        node.input[:] = [shortened(name) for name in node.input]
+        node.output[:] = [shortened(name) for name in node.output]
+    for tensor in graph.initializer:
+        tensor.name = shortened(tensor.name)
