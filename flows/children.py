@@ -47,6 +47,16 @@ def stopping() -> bool:
     return _stop.is_set()
 
 
+def pause(seconds: float) -> None:
+    """Wait, unless stop is called.
+
+    Raises:
+        StoppedError: stop was called.
+    """
+    if _stop.wait(seconds):
+        raise StoppedError(f"stopped; {KEPT}")
+
+
 def restart() -> None:
     """Allow children again; called when a pipeline begins."""
     _stop.clear()
@@ -135,3 +145,14 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run the command behind the first argument, and end it with the process of that number."""
+    parent, *command = sys.argv[1:]
+    end_with_parent(int(parent))
+    sys.exit(subprocess.call(command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,13 @@
 """The command line. Heavy libraries are imported by the command that needs them."""
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -269,25 +271,69 @@ def ui(
     if store.startswith("http"):
         print(f"MLFLOW_TRACKING_URI is set: the runs are on {store}")
         return
-    if not _port_is_free(port):
+    from flows.servers import mlflow_command, port_is_free
+
+    if not port_is_free(port):
         raise UserError(f"port {port} is taken; choose another with --port")
     print(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--backend-store-uri",
-        store,
-        "--workers",
-        "1",
-    ]
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, mlflow_command(port))
+
+
+@app.command()
+def up(
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
+) -> None:
+    """Serve MLflow's and Prefect's pages on the project's stores, until Ctrl-C."""
+    from flows import project
+
+    project.configure_environment()
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        if os.environ.get(name, "").startswith("http"):
+            raise UserError(f"{name} is set to {os.environ[name]}: a server is there already")
+    from flows.servers import serving
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with serving(mlflow_port, prefect_port) as servers:
+        print(f"MLflow   {servers.mlflow}   the runs: compare points, look at gammas")
+        print(f"Prefect  {servers.prefect}   the pipelines: states, schedules, logs")
+        print("Pipelines of this folder that start from now on are shown there, such as")
+        print("    crnn-slim frontier params/quickstart.yaml")
+        print("Ctrl-C stops both.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    print("both servers have stopped")
+
+
+@app.command()
+def schedule(
+    params: ParamsFile,
+    cron: Annotated[list[str], typer.Option(help="When, such as '0 2 * * *'; may be repeated.")],
+    timezone: Annotated[str, typer.Option(help="Of the cron, such as Europe/Berlin.")] = "UTC",
+    overlap: Annotated[
+        Literal["skip", "queue", "allow"],
+        typer.Option(help="Of a run whose time comes while the last one is under way."),
+    ] = "skip",
+    set: Overrides = None,
+) -> None:
+    """Run the pipeline whenever its time comes, until Ctrl-C; Prefect's pages show and edit it."""
+    experiment = _experiment(params, set)
+    from flows import definitions, project, servers
+
+    definitions.open_sources(experiment)
+    project.configure_environment()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with servers.prefect() as address:
+        os.environ["PREFECT_API_URL"] = f"{address}/api"
+        from flows.schedule import serve
+
+        print(f"{experiment.name} runs at {', '.join(cron)} ({timezone}), on {address}")
+        print(
+            "its settings can be changed there, and a run be started; Ctrl-C ends this", flush=True
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            serve(experiment, cron, timezone, overlap)
+    print(f"{experiment.name} is no longer scheduled")
 
 
 def _experiment(
@@ -312,13 +358,6 @@ def _numbers(text: str | None) -> list[float] | None:
 def _short(path: Path) -> Path:
     """The path from here, where it lies below."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _port_is_free(port: int) -> bool:
-    import socket
-
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def _print_json(value: object) -> None:

@@ -43,10 +43,16 @@ Ratios = Annotated[tuple[Ratio, ...], AfterValidator(_sorted_basis_points)]
 
 
 class ExecutionSettings(Settings):
-    """How to use the machine. Nothing here changes a result beyond rounding, or a cache key."""
+    """How to use the machine. Nothing here changes a result beyond rounding, or a cache key.
+
+    A run that fails, and not by a mistake in its settings or data, is tried again so often, first
+    after retry_seconds, then after twice as long, and so on.
+    """
 
     parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    retries: Annotated[int, Field(ge=0, le=10)] = 0
+    retry_seconds: Annotated[float, Field(gt=0)] = 60
 
 
 class ControlSettings(Settings):
@@ -66,6 +72,16 @@ class ControlSettings(Settings):
         """The controls of a ratio, as their stages are named."""
         wanted = self.ratios is None or ratio in self.ratios
         return [kind for kind in ("scratch", "small") if wanted and getattr(self, kind)]
+
+
+class NotifySettings(Settings):
+    """Who is told of a failed run and of a new champion, with a JSON object.
+
+    command gets it on standard input; webhook, an address, by POST.
+    """
+
+    command: Annotated[str, Field(min_length=1)] | None = None
+    webhook: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
 
 class ChampionSettings(Settings):
@@ -112,6 +128,7 @@ class Experiment(Settings):
     quantize: QuantizeSettings | None = QuantizeSettings()
     champion: ChampionSettings | None = ChampionSettings()
     controls: ControlSettings = ControlSettings()
+    notify: NotifySettings = NotifySettings()
     execution: ExecutionSettings = ExecutionSettings()
 
     @model_validator(mode="after")

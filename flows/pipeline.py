@@ -17,13 +17,15 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from crnn.errors import StoppedError
+from crnn.errors import StoppedError, UserError
 from crnn.settings import ExportSettings, QuantizeSettings, TeacherSettings
-from flows import cache, children, definitions, display, project, report
+from flows import cache, children, definitions, display, project, report, servers
 from flows.cache import READINESS, Manifest, Stage
-from flows.champion import Champion, crown
+from flows.champion import crown
 from flows.experiment import Experiment
 from flows.flow_runs import attended
+from flows.notice import notify
+from flows.registry import Champion
 from flows.rows import Row, Variant, mean_of_seeds, row_of
 from flows.running import Context, find_or_compute
 from flows.tracking import Tracker
@@ -154,7 +156,6 @@ def measure(context: Context, variant: Variant) -> Any:
 @flow(
     flow_run_name="{experiment.name}",
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_THREADS),  # type: ignore[arg-type]
-    validate_parameters=False,
 )
 def frontier(experiment: Experiment) -> Frontier | State[Any]:
     """Sweep the prune ratios of an experiment. What is cached is not computed again.
@@ -173,7 +174,7 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     context = Context(experiment, tracker, [], experiment.training_seeds[0])
     try:
         with attended():
-            return _sweep(context)
+            return _persistently(context)
     except KeyboardInterrupt:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
     except TerminationSignal:
@@ -183,6 +184,23 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     finally:
         # Before the task runner waits for its threads, which wait for their processes.
         children.stop()
+
+
+def _persistently(context: Context) -> Frontier:
+    """Sweep, and try again after a failure that may pass, as often as the experiment says."""
+    experiment, execution = context.experiment, context.experiment.execution
+    for attempt in range(execution.retries + 1):
+        try:
+            return _sweep(context)
+        except Exception as error:
+            if isinstance(error, UserError) or attempt == execution.retries:
+                event = {"event": "failed", "experiment": experiment.name, "reason": str(error)}
+                notify(experiment.notify, event, display.say)
+                raise
+            seconds = execution.retry_seconds * 2**attempt
+            display.say(f"{error}; tried again in {seconds:g} s, what is finished is kept")
+            children.pause(seconds)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _sweep(context: Context) -> Frontier:
@@ -202,7 +220,10 @@ def _sweep(context: Context) -> Frontier:
     folder, sweep_run = _publish(context, rows)
     figures_of = partial(_on_these_lines, context, samples)
     crowned = crown(context.experiment, context.tracker, rows, sweep_run, figures_of)
-    return Frontier(rows, context.computed, sweep_run, folder, crowned)
+    if crowned.is_new:
+        event = {"event": "champion", "experiment": context.experiment.name}
+        notify(context.experiment.notify, {**event, "reason": crowned.sentence}, display.say)
+    return Frontier(rows, context.computed, sweep_run, folder, crowned.sentence)
 
 
 @dataclass(frozen=True)
@@ -396,8 +417,8 @@ def _on_these_lines(context: Context, samples: Manifest, reigning: Champion) -> 
 
 def _links(tracker: Tracker, rows: list[Row], sweep_run: str | None) -> str:
     """Markdown list of the MLflow runs behind a frontier."""
-    server = os.environ["MLFLOW_TRACKING_URI"]
-    address = server if server.startswith("http") else UI
+    server, there = os.environ["MLFLOW_TRACKING_URI"], servers.running()
+    address = server if server.startswith("http") else there.mlflow if there else UI
     runs = {"sweep": sweep_run}
     for row in rows:
         runs |= {f"{stage} {row['point']}": tracker.run_of(k) for stage, k in row["stages"].items()}

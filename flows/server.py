@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crnn.errors import UserError
+from flows import servers
 from flows.children import end_with_parent
 from flows.locks import single_flight
 
@@ -27,7 +28,7 @@ START_SECONDS = 120
 
 
 def start_server() -> Callable[[], None]:
-    """Start a server in the background, unless PREFECT_API_URL names one.
+    """Start a server in the background, unless PREFECT_API_URL names one or `up` has one.
 
     It is stopped when this process exits, after Prefect has sent its last records.
 
@@ -35,6 +36,9 @@ def start_server() -> Callable[[], None]:
         A function that waits until it answers, and raises a UserError where it does not.
     """
     if "PREFECT_API_URL" in os.environ:
+        return lambda: None
+    if there := servers.running():
+        os.environ["PREFECT_API_URL"] = f"{there.prefect}/api"
         return lambda: None
     port = _free_port()
     log = Path(os.environ["PREFECT_HOME"]) / "server.log"

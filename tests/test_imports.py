@@ -12,7 +12,10 @@ FORBIDDEN = {
     "crnn": {"pruning", "flows", "prefect", "mlflow"},
     "pruning": {"flows", "prefect", "mlflow"},
 }
-ONLY_IN = {"mlflow": {"tracking.py"}, "prefect": {"flow_runs.py", "pipeline.py", "server.py"}}
+ONLY_IN = {
+    "mlflow": {"registry.py", "serving.py", "tracking.py"},
+    "prefect": {"flow_runs.py", "pipeline.py", "server.py"},
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,163 @@
+"""MLflow's and Prefect's servers on the project's stores, on this machine alone, until Ctrl-C."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from crnn.errors import UserError
+from crnn.files import write_atomic
+from flows import project
+
+HOST = "127.0.0.1"
+MLFLOW_PORT, PREFECT_PORT = 5000, 4200
+START_SECONDS = 120
+STOP_SECONDS = 10
+
+Command = list[str]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Addresses of what is served.
+
+    Attributes:
+        mlflow: Of MLflow's pages.
+        prefect: Of Prefect's pages; its API is below, at /api.
+    """
+
+    mlflow: str
+    prefect: str
+
+
+def running() -> Servers | None:
+    """The servers of this state folder that `crnn-slim up` has started and that answer."""
+    try:
+        found = Servers(**json.loads(_record().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if all(_answers(page) for page in (found.mlflow, found.prefect)) else None
+
+
+def _record() -> Path:
+    return project.home() / "servers.json"
+
+
+@contextmanager
+def serving(mlflow_port: int, prefect_port: int) -> Iterator[Servers]:
+    """Start both servers, wait until they answer, and stop them at the end.
+
+    Raises:
+        UserError: A port that is taken, or a server that does not start.
+    """
+    servers = Servers(f"http://{HOST}:{mlflow_port}", f"http://{HOST}:{prefect_port}")
+    for name, port in (("MLflow", mlflow_port), ("Prefect", prefect_port)):
+        if not port_is_free(port):
+            raise UserError(f"port {port} is taken; choose another with --{name.lower()}-port")
+    with contextlib.ExitStack() as started:
+        logs = project.home() / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        waits = [
+            started.enter_context(_served(name, command, page, logs / f"{name}.log"))
+            for name, command, page in (
+                ("mlflow", mlflow_command(mlflow_port), servers.mlflow),
+                ("prefect", _prefect_command(prefect_port), servers.prefect),
+            )
+        ]
+        for wait in waits:
+            wait()
+        write_atomic(_record(), json.dumps(servers.__dict__).encode())
+        started.callback(_record().unlink, missing_ok=True)
+        yield servers
+
+
+@contextmanager
+def prefect() -> Iterator[str]:
+    """Address of a Prefect server that can schedule: one that is there, or one of our own."""
+    if named := os.environ.get("PREFECT_API_URL"):
+        yield named.removesuffix("/api")
+        return
+    if there := running():
+        yield there.prefect
+        return
+    with serving(MLFLOW_PORT, PREFECT_PORT) as servers:
+        yield servers.prefect
+
+
+def mlflow_command(port: int) -> Command:
+    """Command of an MLflow server on the project's store."""
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    options = {"host": HOST, "port": str(port), "backend-store-uri": store, "workers": "1"}
+    command = [sys.executable, "-P", "-m", "mlflow", "server"]
+    return command + [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def _prefect_command(port: int) -> Command:
+    command = [sys.executable, "-P", "-m", "prefect", "server", "start"]
+    return [*command, "--host", HOST, "--port", str(port)]
+
+
+@contextmanager
+def _served(name: str, command: Command, page: str, log: Path) -> Iterator[Callable[[], None]]:
+    """Run a server; what is yielded waits until it answers."""
+    guarded = [sys.executable, "-P", "-m", "flows.children", str(os.getpid()), *command]
+    # Prefect's pages ask the address that they are told, not the one that they came from.
+    environment = {**os.environ, "PREFECT_SERVER_UI_API_URL": f"{page}/api"}
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            guarded,
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def wait() -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(page):
+            if server.poll() is not None or time.monotonic() > deadline:
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                reason = lines[-1] if lines else "it says nothing"
+                raise UserError(f"the {name} server does not start ({reason}); see {log}")
+            time.sleep(0.2)
+
+    try:
+        yield wait
+    finally:
+        _stop(server)
+
+
+def _stop(server: "subprocess.Popen[bytes]") -> None:
+    """End a server and all it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def _answers(page: str) -> bool:
+    # MLflow has its health at /health, Prefect below its API; both serve a page at the root.
+    try:
+        with urllib.request.urlopen(page, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def port_is_free(port: int) -> bool:
+    """Whether nothing listens there on this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) != 0
