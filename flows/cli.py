@@ -43,19 +43,14 @@ def frontier(
 ) -> None:
     """Run the pipeline over the prune ratios. What is cached is not computed again."""
     experiment = _experiment(params, set, ratios)
-    from flows import definitions, display, project
-    from flows.server import start_server
+    from flows import display
+    from flows import frontier as run
 
-    definitions.open_sources(experiment)  # A wrong place is told before Prefect takes its time.
-    project.configure_environment()
-    wait_for_server = start_server()
-    from flows.pipeline import INTERRUPTED as BY_CTRL_C
-    from flows.pipeline import frontier as run
-
-    wait_for_server()
     with display.live():
         state: Any = run(experiment, return_state=True)
     if state.is_cancelled():
+        from flows.pipeline import INTERRUPTED as BY_CTRL_C
+
         code = INTERRUPTED if state.name == BY_CTRL_C else TERMINATED
         _fail(f"{state.name.lower()}; {state.message}", code)
     result = state.result()

@@ -169,6 +169,7 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     Raises:
         UserError: A mistake in the data or the settings.
     """
+    project.configure_environment()  # A worker of Prefect's comes here directly.
     children.restart()
     tracker = Tracker(experiment.name, display.say)
     context = Context(experiment, tracker, [], experiment.training_seeds[0])
