@@ -21,6 +21,9 @@ ONNX = "model.onnx"
 HISTORY = "history.jsonl"
 GAMMAS = "gammas"
 SNAPSHOTS = "snapshots"
+WIDTHS = "widths.json"
+SUMMARY = "summary.txt"
+ERRORS = "errors.json"
 READINESS = "readiness.json"
 
 

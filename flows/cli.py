@@ -147,6 +147,66 @@ def _bar(count: int, of: int) -> str:
 
 
 @app.command()
+def runs(as_json: AsJson = False) -> None:
+    """List finished sweeps, and stages that are under way or were stopped."""
+    from flows.listing import stages_under_way, sweeps
+
+    finished, under_way = sweeps(), stages_under_way()
+    if as_json:
+        _print_json({"sweeps": finished, "under_way": under_way})
+        return
+    _print_table(
+        "finished sweeps",
+        ["experiment", "sweep", "finished", "points", "baseline", "lowest", "smallest"],
+        [
+            [
+                sweep["experiment"],
+                sweep["sweep"],
+                sweep["finished"],
+                str(len(sweep["points"])),
+                *(f"{100 * share:.1f}%" for share in _first_and_lowest(sweep["points"])),
+                f"{sweep['smallest'] / 1e6:.2f} MB",
+            ]
+            for sweep in finished
+        ],
+    )
+    _print_table(
+        "stages under way",
+        ["stage", "state", "epochs", "since", "key"],
+        [
+            [s["stage"], s["state"], f"{s['epochs']}/{s['of'] or '-'}", s["since"], s["key"]]
+            for s in under_way
+        ],
+    )
+
+
+def _first_and_lowest(points: dict[str, float]) -> tuple[float, float]:
+    accuracies = list(points.values())
+    return accuracies[0], min(accuracies)
+
+
+@app.command()
+def show(
+    sweep: Annotated[str, typer.Argument(help="Experiment, EXPERIMENT/SWEEP, or sweep.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show the table of a finished sweep, of an experiment the newest."""
+    from flows import report
+    from flows.comparison import comparisons
+    from flows.listing import folder_of, rows_of
+
+    folder = folder_of(sweep)
+    rows = rows_of(folder)
+    if as_json:
+        _print_json({"rows": rows, "report": str(folder)})
+        return
+    _print_table(report.subject(folder.parent.name, rows), *report.table_cells(rows))
+    for sentence in comparisons(rows):
+        print(sentence)
+    print(f"tables, plots and the files of each point: {_short(folder)}")
+
+
+@app.command()
 def compare(
     sweeps: Annotated[
         list[str], typer.Argument(help="Params files, experiments, or EXPERIMENT/SWEEP.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from crnn.errors import UserError
 from flows import project, report
 from flows.experiment import load_experiment
+from flows.listing import folder_of, rows_of
 from flows.rows import Row
 
 
@@ -25,7 +26,7 @@ def compare(names: Sequence[str], different_data: bool = False) -> tuple[list[Ro
     Raises:
         UserError: A sweep that does not exist, one given twice, or other samples.
     """
-    sweeps = {_title(path): _rows(path) for path in (_newest(name) for name in names)}
+    sweeps = {_title(path): rows_of(path) for path in (_folder(name) for name in names)}
     if len(sweeps) < max(2, len(names)):
         raise UserError(f"compare takes two or more different sweeps, not {', '.join(names)}")
     if not different_data:
@@ -43,26 +44,15 @@ def compare(names: Sequence[str], different_data: bool = False) -> tuple[list[Ro
     return rows, folder
 
 
-def _newest(name: str) -> Path:
+def _folder(name: str) -> Path:
     """Folder of the sweep that is meant."""
     if name.endswith((".yaml", ".yml")):
         name = load_experiment(Path(name)).name
-    folder = project.reports_folder() / name
-    if (folder / "frontier.json").exists():
-        return folder
-    sweeps = list(folder.glob("*/frontier.json"))
-    if not sweeps:
-        raise UserError(f"no sweep of {name} in {project.reports_folder()}; compute it first")
-    return max(sweeps, key=lambda path: path.stat().st_mtime).parent
+    return folder_of(name)
 
 
 def _title(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name.removeprefix('sweep-')[:4]}"
-
-
-def _rows(folder: Path) -> list[Row]:
-    rows: list[Row] = json.loads((folder / "frontier.json").read_text(encoding="utf-8"))
-    return rows
 
 
 def _refuse_different_data(sweeps: dict[str, list[Row]]) -> None:

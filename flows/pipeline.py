@@ -25,6 +25,7 @@ from flows.champion import crown
 from flows.experiment import Experiment
 from flows.flow_runs import attended
 from flows.notice import notify
+from flows.page import details_of
 from flows.registry import Champion
 from flows.rows import Row, Variant, mean_of_seeds, row_of
 from flows.running import Context, find_or_compute
@@ -392,7 +393,8 @@ def _publish(context: Context, rows: list[Row]) -> tuple[Path, str | None]:
     content = json.dumps([experiment.name, rows])
     key = f"sweep-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     folder = project.reports_folder() / experiment.name / key
-    report.write_report(folder, experiment.name, rows)
+    details = partial(details_of, experiment, rows, context.computed)
+    report.write_report(folder, experiment.name, rows, details)
     cuts = [row["point"] for row in rows if row.get("prune/live_channels_removed") is not None]
     name = f"{experiment.name} {cuts[0]} to {cuts[-1]}"
     params = experiment.model_dump(mode="json", exclude={"execution"})

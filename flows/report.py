@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +25,16 @@ AXES = {
 }
 
 MARKS = {
-    "baseline": ("s", "square", "#1f77b4", "#b8c4d0"),
-    "slimmed": ("o", "circle", "#1f77b4", "#b8c4d0"),
-    "scratch": ("^", "triangle-up", "#ff7f0e", "#f3d3b5"),
-    "small": ("v", "triangle-down", "#2ca02c", "#c3dfc3"),
-    "int8": ("D", "diamond", "#9467bd", "#dccbe8"),
+    "baseline": ("s", "#1f77b4"),
+    "slimmed": ("o", "#1f77b4"),
+    "scratch": ("^", "#ff7f0e"),
+    "small": ("v", "#2ca02c"),
+    "int8": ("D", "#9467bd"),
 }
-"""Marker in matplotlib and in plotly, colour on and off the Pareto set, of each kind of network."""
+"""Marker and colour of each kind of network."""
 
-PALETTE = (
-    ("#1f77b4", "#b8c4d0"),
-    ("#ff7f0e", "#f3d3b5"),
-    ("#2ca02c", "#c3dfc3"),
-    ("#d62728", "#f0bcbc"),
-    ("#9467bd", "#dccbe8"),
-    ("#8c564b", "#dccac6"),
-)
-"""Colour on and off the Pareto set of one frontier after another, where several are compared."""
+PALETTE = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+"""Colour of one frontier after another, where several are compared."""
 
 SPREAD = f"{ACCURACY}_std"
 """Where there are several seeds: how far they lie apart."""
@@ -67,8 +60,20 @@ def pareto(rows: Sequence[Row], cost: str = SIZE) -> list[bool]:
     ]
 
 
-def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
-    """Write frontier.csv, .md, .json, .png, .html; nothing where they show these rows already."""
+def write_report(
+    folder: Path,
+    title: str,
+    rows: Sequence[Row],
+    details_of: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
+    """Write frontier.csv, .md, .json, .png and report.html; nothing where they show these rows.
+
+    Args:
+        folder: Where to.
+        title: Of the plots and the page.
+        rows: Of the frontier.
+        details_of: What else the page shows, as flows.page has it.
+    """
     data = json.dumps(rows, indent=1).encode()
     target = folder / "frontier.json"
     if target.exists() and target.read_bytes() == data:
@@ -77,7 +82,7 @@ def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
     write_atomic(folder / "frontier.csv", _csv(rows))
     write_atomic(folder / "frontier.md", _markdown(rows))
     write_atomic(folder / "frontier.png", _png(title, rows))
-    write_atomic(folder / "frontier.html", _html(title, rows))
+    write_atomic(folder / "report.html", _page(title, rows, details_of()))
     write_atomic(target, data)
 
 
@@ -140,11 +145,11 @@ def _kind(row: Row) -> str:
     return str(row.get("control", "baseline" if uncut else "slimmed"))
 
 
-def _colors(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Of each row on and off the Pareto set: by frontier where there are several, else by kind."""
+def _colors(rows: Sequence[Row]) -> list[str]:
+    """Of each row: by frontier where there are several, else by kind."""
     frontiers = list(dict.fromkeys(row.get("frontier") for row in rows))
     if len(frontiers) == 1:
-        return [MARKS[_kind(row)][2:] for row in rows]
+        return [MARKS[_kind(row)][1] for row in rows]
     return [PALETTE[frontiers.index(row["frontier"]) % len(PALETTE)] for row in rows]
 
 
@@ -180,7 +185,7 @@ def _png_of(figure: Any) -> bytes:
 
 def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
     best = pareto(rows, cost)
-    for row, is_best, (color, _) in zip(rows, best, _colors(rows), strict=True):
+    for row, is_best, color in zip(rows, best, _colors(rows), strict=True):
         below, above = _interval(row)
         axes.errorbar(
             row[cost],
@@ -205,55 +210,25 @@ def _interval(row: Row) -> tuple[float, float]:
     return 100 * (row[ACCURACY] - low), 100 * (high - row[ACCURACY])
 
 
-def _html(title: str, rows: Sequence[Row]) -> bytes:
-    import plotly.graph_objects as go
+def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
+    from flows.page import page_of
 
-    def view(cost: str) -> dict[str, Any]:
-        best = pareto(rows, cost)
-        colors = [pair[0 if b else 1] for pair, b in zip(_colors(rows), best, strict=True)]
-        return {"x": [row[cost] for row in rows], "marker.color": colors}
+    header, cells = table_cells(rows)
+    shown = {
+        "title": title,
+        "subject": f"{subject(title, rows)}; word accuracy with 95% intervals",
+        "sentences": comparisons(rows),
+        "axes": {cost: name for cost, name in AXES.items() if any(cost in row for row in rows)},
+        "size": SIZE,
+        "table": {"header": header, "cells": cells},
+        "rows": [{**_figures(row), "point": row["point"], "kind": _kind(row)} for row in rows],
+    }
+    return page_of(shown, details)
 
-    below, above = zip(*(_interval(row) for row in rows), strict=True)
-    first = view(SIZE)
-    figure = go.Figure(
-        go.Scatter(
-            x=first["x"],
-            y=[100 * row[ACCURACY] for row in rows],
-            text=[row["point"] for row in rows],
-            mode="markers+text",
-            textposition="top center",
-            error_y={"array": above, "arrayminus": below},
-            marker={
-                "size": 11,
-                "symbol": [MARKS[_kind(row)][1] for row in rows],
-                "color": first["marker.color"],
-            },
-        )
-    )
-    buttons = [
-        {
-            "label": name,
-            "method": "update",
-            "args": [{k: [v] for k, v in view(cost).items()}, {"xaxis.title.text": name}],
-        }
-        for cost, name in axes_of(rows).items()
-    ]
-    figure.update_layout(
-        title=f"{title} (dark: Pareto set; {_legend(rows)})",
-        xaxis={"title": {"text": AXES[SIZE]}, "type": "log"},
-        yaxis={"title": {"text": "word accuracy, %"}},
-        updatemenus=[
-            {
-                "buttons": buttons,
-                "active": list(axes_of(rows)).index(SIZE),
-                "x": 1,
-                "xanchor": "right",
-                "y": 1.12,
-            }
-        ],
-    )
-    page: str = figure.to_html(include_plotlyjs=True)
-    return page.encode()
+
+def _figures(row: Row) -> dict[str, float]:
+    names = (*AXES, ACCURACY, f"{ACCURACY}_low", f"{ACCURACY}_high")
+    return {name: row[name] for name in names if name in row}
 
 
 def readiness_picture(verdict: "Readiness", epochs: Sequence[tuple[float, float]]) -> bytes:

@@ -121,6 +121,7 @@ def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[
     """All a stage's process is told: settings, upstream files, and how to use the machine."""
     return {
         "stage": stage.name,
+        "label": stage.label,
         "settings": stage.settings,
         "data": experiment.data.model_dump(mode="json"),
         "seed": experiment.seed,

@@ -11,7 +11,7 @@ from crnn.devices import best_device
 from crnn.evaluation import evaluate
 from crnn.networks.deploy import deployed
 from crnn.reading import load_exported
-from flows.cache import MODEL
+from flows.cache import MODEL, WIDTHS
 from flows.rows import ACCURACY
 from flows.stages.sparse import start_of_cut
 from flows.stages.work import Outcome, Work
@@ -55,7 +55,7 @@ def prune(work: Work) -> Outcome:
     work.save_model(work.out / MODEL, model)
     work.write_summary(model)
     kept = {name: int(mask.sum()) for name, mask in zip(widths(uncut), masks, strict=True)}
-    work.write_json("widths.json", kept)
+    work.write_json(WIDTHS, kept)
     return MODEL, {
         "prune/ratio_requested": ratio,
         "prune/ratio_achieved": 1 - sum(kept.values()) / sum(widths(uncut).values()),

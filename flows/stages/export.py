@@ -1,6 +1,7 @@
 """The export stage: files for other runtimes, and proof that they read as the network does."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from crnn.evaluation import Reading, score
 from crnn.export import export_onnx
 from crnn.reading import Reader, decode, load_exported
 from crnn.settings import ExportSettings
-from flows.cache import ONNX
+from flows.cache import ERRORS, ONNX
 from flows.stages.work import Outcome, Work
 
 TOLERANCE = 1e-4
@@ -32,6 +33,7 @@ def export(work: Work) -> Outcome:
             "the export does not read as the network it was made of: probabilities differ by up to"
             f" {difference:.2g} ({TOLERANCE:g} is allowed), and {differing} of {len(found)} texts"
         )
+    write_errors(work, found)
     return ONNX, {
         **score(found, work.unseen()),
         "export/max_difference": difference,
@@ -90,6 +92,12 @@ def read_exported(exported: Reader, batches: Iterable[Batch]) -> list[Reading]:
             for index, label, read in zip(batch.indices, batch.labels, texts, strict=True)
         ]
     return found
+
+
+def write_errors(work: Work, readings: Iterable[Reading]) -> None:
+    """Write down the lines that are read wrongly, for the report."""
+    errors = [asdict(reading) for reading in readings if reading.text != reading.label]
+    work.write_json(ERRORS, sorted(errors, key=lambda error: error["index"]))
 
 
 def pixels_of(batch: Batch) -> np.ndarray:

@@ -14,7 +14,7 @@ from crnn.quantization import layers_of, quantize
 from crnn.reading import Reader, load_exported
 from crnn.settings import QuantizeSettings
 from flows.cache import MODEL, ONNX
-from flows.stages.export import pixels_of, read_exported
+from flows.stages.export import pixels_of, read_exported, write_errors
 from flows.stages.training import train
 from flows.stages.work import Outcome, Work
 from pruning.coupling import groups_of
@@ -54,9 +54,10 @@ def int8(work: Work) -> Outcome:
         shutil.copyfile(path, target)
     left = [layer for layer in layers_of(path) if layer not in layers]
     work.write_json("layers.json", {"int8": layers, "float": left})
-    reader = load_exported(target)
+    found = read_exported(load_exported(target), evaluation_batches(work.lines("val")))
+    write_errors(work, found)
     return ONNX, {
-        **score(read_exported(reader, evaluation_batches(work.lines("val"))), work.unseen()),
+        **score(found, work.unseen()),
         "quantize/drop": lost,
         "quantize/layers": float(len(layers)),
         "quantize/layers_in_float": float(len(left)),

@@ -26,6 +26,7 @@ from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import DataSettings
 from flows import project
+from flows.cache import SUMMARY
 from pruning.cost import LINE_WIDTH
 
 Event = dict[str, Any]
@@ -107,7 +108,7 @@ class Work:
         """Write torchinfo's table of the network."""
         shape = (1, 3, HEIGHT, LINE_WIDTH)
         table = summary(model, shape, device="cpu", verbose=0, depth=3)
-        write_atomic(self.out / "summary.txt", f"{table}\n".encode())
+        write_atomic(self.out / SUMMARY, f"{table}\n".encode())
 
 
 @cache
