@@ -1,11 +1,12 @@
-# make frontier   set up, then run the quickstart experiment
-# make test       set up, then run the tests
-# make torture    kill, cancel, damage and starve real pipelines for 15 minutes
-# make check      format, lint and types
+# make frontier       set up, then run the quickstart experiment
+# make test           set up, then run the tests
+# make torture        kill, cancel, damage and starve real pipelines for 15 minutes
+# make browser-test   install Chromium and look at the report with it
+# make check          format, lint and types
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: frontier test torture check format clean
+.PHONY: frontier test torture browser-test check format clean
 
 frontier: .venv/installed
 	$(BIN)/crnn-slim frontier params/quickstart.yaml
@@ -15,6 +16,10 @@ test: .venv/installed
 
 torture: .venv/installed
 	$(BIN)/python -m tests.torture
+
+browser-test: .venv/installed
+	command -v chromium || apt-get install --yes chromium
+	$(BIN)/python -m pytest tests/flows/test_page.py
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -148,8 +148,12 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """Run the command behind the first argument, and end it with the process of that number."""
+    """Run the command behind the first argument, and end it with the process of that number.
+
+    A SIGTERM to the group is for the command, which ends in its own time; this waits for it.
+    """
     parent, *command = sys.argv[1:]
+    signal.signal(signal.SIGTERM, lambda *_: None)
     end_with_parent(int(parent))
     sys.exit(subprocess.call(command))
 

@@ -8,9 +8,9 @@ from prefect.client.schemas.objects import (
     ConcurrencyLimitConfig,
     ConcurrencyLimitStrategy,
 )
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.schedules import Cron, Schedule
 from prefect.types.entrypoint import EntrypointType
-from pydantic import ValidationError
 
 from crnn.errors import SettingsError
 from flows.experiment import Experiment
@@ -57,13 +57,13 @@ def serve(experiment: Experiment, crons: Sequence[str], timezone: str, overlap: 
 
 def _schedule(cron: str, timezone: str) -> Schedule:
     try:
-        return Cron(cron, timezone=timezone)
-    except (ValidationError, ValueError) as error:
-        reason = str(error).splitlines()[-1] if not isinstance(error, ValidationError) else ""
+        CronSchedule(cron=cron, timezone=timezone)
+    except ValueError as error:
         raise SettingsError(
             f"--cron {cron!r} with --timezone {timezone!r} is no schedule; five fields are needed,"
-            f" such as '0 2 * * *', and a timezone such as Europe/Berlin {reason}".strip()
+            " such as '0 2 * * *', and a timezone such as Europe/Berlin"
         ) from error
+    return Cron(cron, timezone=timezone)
 
 
 def parameters_of(experiment: Experiment) -> dict[str, Any]:

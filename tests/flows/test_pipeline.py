@@ -55,7 +55,7 @@ def test_the_report_is_there(finished: Finished) -> None:
     assert (folder / "frontier.md").read_text().startswith("| point | cut |")
     for row in finished[1]["rows"]:
         assert (finished[0].home / row["checkpoint"]).is_file()
-    page = (folder / "frontier.html").read_text()
+    page = (folder / "report.html").read_text()
     assert "<script src=" not in page
 
 
@@ -284,7 +284,7 @@ def test_what_is_cached_is_found_without_torch(finished: Finished) -> None:
         "    main()\n"
         "except SystemExit as done:\n"
         "    assert not done.code, done.code\n"
-        "print(sorted({'torch', 'torchinfo', 'timm', 'matplotlib', 'plotly'} & set(sys.modules)))\n"
+        "print(sorted({'torch', 'torchinfo', 'timm', 'matplotlib'} & set(sys.modules)))\n"
     )
     command = [project.command()[0], "-c", code]
     result = subprocess.run(command, capture_output=True, check=True, **project.options())

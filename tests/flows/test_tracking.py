@@ -68,7 +68,7 @@ def test_the_sweep_holds_the_frontier_and_its_points_lead_to_their_stages(
         "frontier.csv",
         "frontier.json",
         "frontier.png",
-        "frontier.html",
+        "report.html",
         "experiment.json",
     } <= artifacts_of(project, sweep)
     points = runs_of(project, "point")

@@ -1,0 +1,162 @@
+"""`up`, schedules and notifications with real servers, a real cron tick and a real hook."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.experiment import NotifySettings
+from flows.notice import notify
+from tests.flows.conftest import Project, copy_of, free_port, new_project, wait_for
+
+Finished = tuple[Project, dict[str, Any]]
+
+
+def started(project: Project, *arguments: str, log: Path) -> subprocess.Popen[str]:
+    with log.open("w") as out:
+        return subprocess.Popen(
+            project.command(*arguments), stdout=out, stderr=out, **project.options()
+        )
+
+
+def wait_until_said(log: Path, words: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while words not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def test_up_serves_both_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL")
+    project = new_project(tmp_path / "project")
+    mlflow, prefect = free_port(), free_port()
+    ports = ["--mlflow-port", str(mlflow), "--prefect-port", str(prefect)]
+    server = started(project, "up", *ports, log=tmp_path / "log")
+    try:
+        wait_until_said(tmp_path / "log", "Ctrl-C stops both", server)
+        assert wait_for(f"http://127.0.0.1:{mlflow}/health") == b"OK"
+        assert wait_for(f"http://127.0.0.1:{prefect}/api/health") == b"true"
+        settings = json.loads(wait_for(f"http://127.0.0.1:{prefect}/ui-settings"))
+        assert settings["api_url"] == f"http://127.0.0.1:{prefect}/api"
+        for port in (mlflow, prefect):
+            assert not reachable_from_outside(port)
+        again = project.run("up", *ports, code=2)
+        assert f"port {mlflow} is taken" in again.stderr
+        printed = project.frontier("--set", "ratios=[0.6]")
+        assert printed["sweep_run"]
+        runs = urllib.request.urlopen(
+            urllib.request.Request(
+                f"http://127.0.0.1:{prefect}/api/flow_runs/filter",
+                b"{}",
+                {"Content-Type": "application/json"},
+            )
+        )
+        assert [run["state_type"] for run in json.loads(runs.read())] == ["COMPLETED"]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+    assert server.returncode == 0
+    assert "both servers have stopped" in (tmp_path / "log").read_text()
+    for port in (mlflow, prefect):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port))
+    assert not (project.home / "servers.json").exists()
+
+
+def reachable_from_outside(port: int) -> bool:
+    """Whether another address of this machine answers; 127.0.0.2 is one where there is no other."""
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        return probe.connect_ex(("127.0.0.2", port)) == 0
+
+
+def test_a_cron_tick_fires_and_its_run_finishes(finished: Finished, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    log = tmp_path / "log"
+    arguments = ["schedule", str(project.params), "--cron", "* * * * *"]
+    scheduler = started(project, *arguments, "--set", "name=ticking", log=log)
+    try:
+        wait_until_said(log, "runs at * * * * *", scheduler)
+        run = finished_run("ticking")
+        assert run["state_type"] == "COMPLETED"
+        assert run["auto_scheduled"]
+    finally:
+        scheduler.send_signal(signal.SIGINT)
+        scheduler.wait(60)
+    assert "is no longer scheduled" in log.read_text()
+    assert list(project.home.glob("reports/ticking/sweep-*/report.html"))
+
+
+def finished_run(name: str) -> dict[str, Any]:
+    """The first run of a deployment, as soon as it is over."""
+    content = json.dumps({"deployments": {"name": {"any_": [name]}}}).encode()
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        request = urllib.request.Request(
+            f"{os.environ['PREFECT_API_URL']}/flow_runs/filter",
+            content,
+            {"Content-Type": "application/json"},
+        )
+        for run in json.loads(urllib.request.urlopen(request).read()):
+            if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED"):
+                found: dict[str, Any] = run
+                return found
+        time.sleep(1)
+    raise AssertionError("no run finished")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cron", "every day"], "is no schedule; five fields are needed"),
+        (["--cron", "0 2 * * *", "--timezone", "Mars/Base"], "is no schedule"),
+        (["--cron", "0 2 * * *", "--overlap", "maybe"], "maybe"),
+        ([], "--cron"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    project = new_project(tmp_path / "project")
+    refused = project.run("schedule", str(project.params), *arguments, code=2)
+    assert said in refused.stderr
+
+
+def test_a_failure_is_told_and_tried_again(tmp_path: Path) -> None:
+    told = tmp_path / "told.json"
+    hook = tmp_path / "hook.py"
+    hook.write_text(f"import sys; open({str(told)!r}, 'a').write(sys.stdin.read())")
+    command = f"{sys.executable} {hook}"
+    project = new_project(
+        tmp_path / "project",
+        notify={"command": command},
+        execution={"retries": 1, "retry_seconds": 0.1},
+        baseline={"epochs": 1, "batch_size": 16, "learning_rate": 1e12, "clip_norm": 1e12},
+    )
+    failed = project.run("frontier", str(project.params), code=2)
+    assert "the loss became" in failed.stderr
+    event = json.loads(told.read_text())
+    assert event["event"] == "failed"
+    assert event["experiment"] == "tiny"
+    assert "the loss became" in event["reason"]
+
+
+def test_a_hook_that_fails_is_logged_and_no_more() -> None:
+    logged: list[str] = []
+    notify(NotifySettings(command="false"), {"event": "failed"}, logged.append)
+    notify(NotifySettings(command="/no/such/program"), {"event": "failed"}, logged.append)
+    address = f"http://127.0.0.1:{free_port()}"
+    notify(NotifySettings(webhook=address), {"event": "champion"}, logged.append)
+    assert len(logged) == 3
+    assert all("did not arrive" in line for line in logged)
+    notify(NotifySettings(), {"event": "failed"}, logged.append)
+    assert len(logged) == 3
