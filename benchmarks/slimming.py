@@ -63,7 +63,7 @@ def main() -> None:
 def frontier(params: str, seeds: list[int], settings: list[str], more: list[str]) -> Rows:
     """The rows of a frontier, from its cached stages where there are any."""
     command = [sys.executable, "-m", "flows.cli", "frontier", params, "--json"]
-    for override in [f"seeds={seeds}", *more, *settings]:
+    for override in [f"seeds={seeds}", "export=null", *more, *settings]:
         command += ["--set", override]
     print("#", *command[2:], file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)

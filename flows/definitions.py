@@ -274,8 +274,8 @@ def judge_stage(data: Manifest, exported: Manifest) -> Stage:
 def measure_stage(network: Variant) -> Stage:
     """Cost of a network, and of its file where there is one."""
     names = ["model", "export"] if network.exported else ["model"]
-    label = f"measure {'int8 ' if network.is_int8 else ''}{network.model.label}"
-    return Stage("measure", label, {}, _files(network, names), VERSIONS["measure"])
+    inputs = _files(network, names)
+    return Stage("measure", f"measure {network.label}", {}, inputs, VERSIONS["measure"])
 
 
 def _files(network: Variant, names: list[str]) -> Upstream:

@@ -121,21 +121,21 @@ def control(context: Context, kind: str, ratio: float, upstream: dict[str, Any])
     return run_stage(context, stage, whole_machine=False)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="export {variant.point}{context.of_seed}")
+@task(cache_policy=NO_CACHE, task_run_name="export {variant.model.label}")
 def export(context: Context, settings: ExportSettings, variant: Variant) -> Any:
     """Write a network for other runtimes."""
     stage = definitions.export_stage(settings, variant.stages)
     return run_stage(context, stage, whole_machine=False)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="int8 {variant.point}{context.of_seed}")
+@task(cache_policy=NO_CACHE, task_run_name="int8 {variant.model.label}")
 def int8(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
     """Quantize an export."""
     stage = definitions.int8_stage(settings, variant, context.seed)
     return run_stage(context, stage, whole_machine=False)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="qat {variant.point}{context.of_seed}")
+@task(cache_policy=NO_CACHE, task_run_name="qat {variant.model.label}")
 def qat(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
     """Train a network on for 8 bits."""
     stage = definitions.qat_stage(settings, variant, context.seed)
@@ -148,7 +148,7 @@ def judge(context: Context, data: Manifest, exported: Manifest) -> Any:
     return run_stage(context, definitions.judge_stage(data, exported))
 
 
-@task(cache_policy=NO_CACHE, task_run_name="measure {variant.point}{context.of_seed}")
+@task(cache_policy=NO_CACHE, task_run_name="measure {variant.label}")
 def measure(context: Context, variant: Variant) -> Any:
     """Parameters, multiply-adds, bytes, latency."""
     return run_stage(context, definitions.measure_stage(variant))

@@ -37,6 +37,11 @@ class Variant:
         return list(self.stages.values())[-1]
 
     @property
+    def label(self) -> str:
+        """What a person calls it, by the stage that made it."""
+        return f"int8 {self.model.label}" if self.is_int8 else self.model.label
+
+    @property
     def is_int8(self) -> bool:
         """Its file computes in 8 bits."""
         return self.exported is not None and self.exported.stage == "int8"

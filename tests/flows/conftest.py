@@ -21,6 +21,8 @@ from filelock import FileLock
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from flows.stages.work import Work
+
 TINY = {
     "name": "tiny",
     "ratios": [0.3, 0.6],
@@ -200,6 +202,30 @@ def computed(folder: pytest.TempPathFactory, name: str, **changes: Any) -> tuple
         if not printed.exists():
             printed.write_text(json.dumps(project.frontier()))
     return project, json.loads(printed.read_text())
+
+
+def work_of(
+    project: Project, stage: str, inputs: dict[str, Any], folder: Path, **settings: Any
+) -> Work:
+    """A stage to be computed in this process, on what finished stages of a project left."""
+    experiment = yaml.safe_load(project.params.read_text())
+    job = {
+        "stage": stage,
+        "settings": settings,
+        "data": experiment["data"],
+        "seed": 0,
+        "inputs": {
+            name: {
+                "file": str(project.home / "stages" / made["key"] / made["result"]),
+                "sha256": made["files"][made["result"]]["sha256"],
+            }
+            for name, made in inputs.items()
+        },
+        "cpus": 1,
+        "loader_workers": 0,
+    }
+    (folder / "out").mkdir(parents=True)
+    return Work(job, folder, folder / "out", lambda event: None)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,9 @@ import pytest
 from crnn.data.render import render_line
 from flows.champion import beats, best_of
 from flows.experiment import ChampionSettings
+from flows.stages.export import judge
 from tests.conftest import DIGITS
-from tests.flows.conftest import Project, client_of, copy_of, free_port, wait_for
+from tests.flows.conftest import Project, client_of, copy_of, free_port, wait_for, work_of
 
 Exported = tuple[Project, dict[str, Any]]
 
@@ -100,11 +101,15 @@ def test_the_champion_is_registered_once_and_only_a_better_one_follows(
 def test_other_lines_are_read_by_the_champion_before_it_is_judged(
     exported: Exported, tmp_path: Path
 ) -> None:
-    project = copy_of(exported, tmp_path / "copy")
-    # The same charset, other lines: the file of the champion is here to read them.
-    printed = project.frontier("--set", "data.val=12", "--set", "ratios=[0.6]")
-    assert any(label.startswith("judge int8") for label in printed["computed"])
-    assert "champion" in printed["champion"]
+    project, printed = exported
+    made = {label: project.manifests()[label] for label in ("data", "int8 finetune 0.6")}
+    work = work_of(
+        project, "judge", {"data": made["data"], "export": made["int8 finetune 0.6"]}, tmp_path
+    )
+    scores = judge(work)[1]
+    row = next(row for row in printed["rows"] if row["point"] == "0.6 int8")
+    assert scores == {name: row[name] for name in scores}
+    assert scores["val/samples"] == 16
 
 
 def request(address: str, content: Any) -> tuple[int, Any]:

@@ -10,8 +10,7 @@ from torch import Tensor
 from crnn.checkpoint import load_checkpoint
 from flows.cache import MODEL
 from flows.stages.training import finetune
-from flows.stages.work import Work
-from tests.flows.conftest import TINY, Project
+from tests.flows.conftest import Project, work_of
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -22,25 +21,10 @@ def tuned(
     """Fine-tune the cut of 0.6 in this process: its state dict and its figures."""
     project, _ = finished
     manifests = project.manifests()
-    inputs = {
-        label.split()[0]: {
-            "file": str(project.home / "stages" / m["key"] / m["result"]),
-            "sha256": m["files"][m["result"]]["sha256"],
-        }
-        for label, m in manifests.items()
-        if label in ("data", "baseline", "prune 0.6")
-    }
-    job = {
-        "stage": "finetune",
-        "settings": {"seed": 0, "train": {"epochs": 1, "batch_size": 16, **settings}},
-        "data": TINY["data"],
-        "seed": 0,
-        "inputs": inputs,
-        "cpus": 1,
-        "loader_workers": 0,
-    }
-    (folder / "out").mkdir(parents=True)
-    work = Work(job, folder, folder / "out", lambda event: None)
+    named = ("data", "baseline", "prune 0.6")
+    inputs = {label.split()[0]: m for label, m in manifests.items() if label in named}
+    training = {"epochs": 1, "batch_size": 16, **settings}
+    work = work_of(project, "finetune", inputs, folder, seed=0, train=training)
     result, metrics = finetune(work)
     return load_checkpoint(work.out / result).model.state_dict(), metrics
 

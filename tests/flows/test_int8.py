@@ -10,9 +10,9 @@ import torch
 from crnn.checkpoint import load_checkpoint
 from flows.cache import HISTORY, MODEL
 from flows.stages.quantize import _within_budget, qat
-from flows.stages.work import Work
-from tests.flows.conftest import READABLE, Project, points_of
+from tests.flows.conftest import Project, points_of, work_of
 
+TRAINING = {"epochs": 2, "batch_size": 16, "learning_rate": 2e-4}
 Exported = tuple[Project, dict[str, Any]]
 
 
@@ -58,30 +58,13 @@ def test_layers_that_cost_too_much_stay_in_float() -> None:
 def test_a_network_is_trained_on_for_8_bits(exported: Exported, tmp_path: Path) -> None:
     project, _ = exported
     made = {label: project.manifests()[label] for label in ("data", "finetune 0.6")}
-    folder = project.home / "stages"
-    inputs = {
-        name: {
-            "file": str(folder / made[label]["key"] / made[label]["result"]),
-            "sha256": made[label]["files"][made[label]["result"]]["sha256"],
-        }
-        for name, label in (("data", "data"), ("model", "finetune 0.6"))
-    }
-    job = {
-        "stage": "qat",
-        "settings": {"seed": 0, "train": {"epochs": 2, "batch_size": 16, "learning_rate": 2e-4}},
-        "data": READABLE["data"],
-        "seed": 0,
-        "inputs": inputs,
-        "cpus": 1,
-        "loader_workers": 0,
-    }
-    (tmp_path / "out").mkdir()
-    work = Work(job, tmp_path, tmp_path / "out", lambda event: None)
+    inputs = {"data": made["data"], "model": made["finetune 0.6"]}
+    work = work_of(project, "qat", inputs, tmp_path, seed=0, train=TRAINING)
     result, metrics = qat(work)
     assert result == MODEL
     assert metrics["val/samples"] == 16
     assert len((work.out / HISTORY).read_text().splitlines()) == 2
-    before = load_checkpoint(Path(inputs["model"]["file"])).model.state_dict()
+    before = load_checkpoint(work.input("model")).model.state_dict()
     after = load_checkpoint(work.out / result).model.state_dict()
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
     assert not torch.equal(before["cnn.0.weight"], after["cnn.0.weight"])

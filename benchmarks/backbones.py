@@ -1,0 +1,53 @@
+"""The networks of the article, and what a teacher gives: the same data and budget for each.
+
+    .venv/bin/python -m benchmarks.backbones params/plates.yaml 0
+
+Takes a params file, the seeds, and section.key=value for what shall differ from the file. Each
+network is a frontier of cached stages, uncut and cut at 0.5 and 0.87, so that a comparison that was
+interrupted goes on where it was. At the end it compares them in one table and plot.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from flows.experiment import load_experiment
+
+RATIOS = "0.5,0.87"
+TEACHER = "resnet34"
+STUDENT = "mobilenetv3_small_100"
+BACKBONES = ("vgg13", STUDENT, "mobilenetv3_large_100", "ghostnet_100", TEACHER, "repvgg_a0")
+
+
+def main() -> None:
+    """Compute every frontier, then compare them."""
+    params, seeds, *more = sys.argv[1:]
+    experiment = load_experiment(Path(params), more)
+    names = []
+    for backbone in BACKBONES:
+        model = {"backbone": backbone, "hidden": experiment.model.hidden}
+        if backbone == experiment.model.backbone:
+            model["width"] = experiment.model.width
+        names.append(f"{experiment.name}-{backbone}")
+        _frontier(params, seeds, more, [f"name={names[-1]}", f"model={model}"])
+    taught = [
+        f"teacher={{model: {{backbone: {TEACHER}}}, epochs: {experiment.baseline.epochs}}}",
+        f"model={{backbone: {STUDENT}, hidden: {experiment.model.hidden}}}",
+        "baseline.distill=1",
+        "finetune.distill=1",
+    ]
+    names.append(f"{experiment.name}-{STUDENT}-taught")
+    _frontier(params, seeds, more, [f"name={names[-1]}", *taught])
+    subprocess.run([sys.executable, "-m", "flows.cli", "compare", *names], check=True)
+
+
+def _frontier(params: str, seeds: str, more: list[str], settings: list[str]) -> None:
+    command = [sys.executable, "-m", "flows.cli", "frontier", params, "--ratios", RATIOS]
+    for override in [f"seeds=[{seeds}]", "quantize=null", *more, *settings]:
+        command += ["--set", override]
+    print("#", *command[2:], file=sys.stderr, flush=True)
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
