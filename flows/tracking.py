@@ -289,26 +289,40 @@ class Tracker:
                     return sweep_id
             children = self._search(f"tags.mlflow.parentRunId = '{sweep_id}'")
             there = {child.info.run_name: child for child in children}
-            for point in points:
-                self._point(sweep_id, key, point, there.get(point["point"]))
+            runs = {
+                point["point"]: self._point(sweep_id, key, point, there.get(point["point"]))
+                for point in points
+            }
+            self._client.set_tag(sweep_id, NOTE, self._links("Points of this sweep", runs))
             self._client.log_dict(sweep_id, params, "experiment.json")
             self._client.log_artifacts(sweep_id, str(files))
             self._client.set_terminated(sweep_id, "FINISHED")
         return sweep_id
 
-    def _point(self, sweep_id: str, key: str, point: dict[str, Any], found: Run | None) -> None:
-        """Record a point of a sweep, or complete the run that a killed process left of it."""
+    def _links(self, title: str, runs: dict[str, str]) -> str:
+        """A description that leads to other runs, Markdown."""
+        page = f"#/experiments/{self.experiment_id}/runs"
+        links = [f"- [{name}]({page}/{run})" for name, run in runs.items() if run]
+        return "\n".join([f"{title}:", *links])
+
+    def _point(self, sweep_id: str, key: str, point: dict[str, Any], found: Run | None) -> str:
+        """Record a point of a sweep, or complete the run that a killed process left of it.
+
+        Returns:
+            Its run.
+        """
         if found is not None and found.info.status == "FINISHED":
-            return
+            return str(found.info.run_id)
         tags = {
             "kind": "point",
             "sweep_key": key,
             "mlflow.parentRunId": sweep_id,
             "home": project.identity(),
         }
-        for stage, stage_key in point["stages"].items():
-            tags[f"{stage}_key"] = stage_key
-            tags[f"{stage}_run"] = self.run_of(stage_key) or ""
+        behind = {stage: self.run_of(made) or "" for stage, made in point["stages"].items()}
+        tags |= {f"{stage}_key": made for stage, made in point["stages"].items()}
+        tags |= {f"{stage}_run": run for stage, run in behind.items()}
+        tags[NOTE] = self._links("Made by", {"sweep": sweep_id, **behind})
         run = found or self._client.create_run(
             str(self.experiment_id), run_name=point["point"], tags=tags
         )
@@ -323,6 +337,7 @@ class Tracker:
             tags=[RunTag("pareto", str(point["pareto"]).lower())],
         )
         self._client.set_terminated(run.info.run_id, "FINISHED")
+        return str(run.info.run_id)
 
 
 def _record(key: str) -> str:

@@ -76,6 +76,11 @@ def test_the_sweep_holds_the_frontier_and_its_points_lead_to_their_stages(
     assert set(points) == {"baseline", "0.3", "0.6"}
     for row in finished[1]["rows"]:
         point = points[row["point"]]
+        link = (
+            f"[{row['point']}](#/experiments/{sweep.info.experiment_id}/runs/{point.info.run_id})"
+        )
+        assert link in sweep.data.tags["mlflow.note.content"]
+        assert f"/runs/{sweep.info.run_id})" in point.data.tags["mlflow.note.content"]
         assert point.data.tags["mlflow.parentRunId"] == sweep.info.run_id
         for name in ("val/word_accuracy", "cost/params_total", "cost/macs", "prune/ratio_achieved"):
             assert point.data.metrics[name] == row[name]
