@@ -397,7 +397,8 @@ def _publish(context: Context, rows: list[Row]) -> tuple[Path, str | None]:
     report.write_report(folder, experiment.name, rows, details)
     cuts = [row["point"] for row in rows if row.get("prune/live_channels_removed") is not None]
     name = f"{experiment.name} {cuts[0]} to {cuts[-1]}"
-    params = experiment.model_dump(mode="json", exclude={"execution"})
+    # Whom to tell may be an address that nobody else should know.
+    params = experiment.model_dump(mode="json", exclude={"execution", "notify"})
     sweep_run = context.tracker.sweep(name, key, rows, params, folder)
     header, cells = report.table_cells(rows)
     create_table_artifact(

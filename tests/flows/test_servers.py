@@ -150,6 +150,19 @@ def test_a_failure_is_told_and_tried_again(tmp_path: Path) -> None:
     assert "the loss became" in event["reason"]
 
 
+def test_a_run_whose_stage_dies_is_tried_again(tmp_path: Path) -> None:
+    execution = {"retries": 1, "retry_seconds": 0.1}
+    project = new_project(tmp_path / "project", ratios=[0.6], execution=execution)
+    log = tmp_path / "log"
+    process = started(project, "frontier", str(project.params), log=log)
+    kill = ["pkill", "-KILL", "-P", str(process.pid), "-f", "flows.worker"]
+    while subprocess.run(kill).returncode:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    assert process.wait(200) == 0, log.read_text()
+    assert "tried again in 0.1 s" in log.read_text()
+
+
 def test_a_hook_that_fails_is_logged_and_no_more() -> None:
     logged: list[str] = []
     notify(NotifySettings(command="false"), {"event": "failed"}, logged.append)
