@@ -181,8 +181,12 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
     except TerminationSignal:
         return Cancelled(name=TERMINATED, message=children.KEPT)
-    except CancelledRun:
+    except (CancelledRun, StoppedError):
         return Cancelled(message=children.KEPT)
+    except Exception as error:
+        event = {"event": "failed", "experiment": experiment.name, "reason": str(error)}
+        notify(experiment.notify, event, display.say)
+        raise
     finally:
         # Before the task runner waits for its threads, which wait for their processes.
         children.stop()
@@ -190,19 +194,17 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
 
 def _persistently(context: Context) -> Frontier:
     """Sweep, and try again after a failure that may pass, as often as the experiment says."""
-    experiment, execution = context.experiment, context.experiment.execution
-    for attempt in range(execution.retries + 1):
+    execution = context.experiment.execution
+    for attempt in range(execution.retries):
         try:
             return _sweep(context)
+        except (UserError, CancelledRun):
+            raise
         except Exception as error:
-            if isinstance(error, UserError) or attempt == execution.retries:
-                event = {"event": "failed", "experiment": experiment.name, "reason": str(error)}
-                notify(experiment.notify, event, display.say)
-                raise
             seconds = execution.retry_seconds * 2**attempt
             display.say(f"{error}; tried again in {seconds:g} s, what is finished is kept")
             children.pause(seconds)
-    raise AssertionError("the last attempt returns or raises")
+    return _sweep(context)
 
 
 def _sweep(context: Context) -> Frontier:

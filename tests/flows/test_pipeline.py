@@ -193,7 +193,12 @@ STOPS = [
 def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
     undisturbed: Project, tmp_path: Path
 ) -> None:
-    project = new_project(tmp_path / "stopped", **{**LONG, "name": "stopped"})
+    told = tmp_path / "told"
+    # Who stops a run wants it stopped, not tried again, and need not be told that it failed.
+    tried_again = {"execution": {**LONG["execution"], "retries": 1}}
+    notified = {"notify": {"command": f"touch {told}"}}
+    changes = {**LONG, **tried_again, **notified, "name": "stopped"}
+    project = new_project(tmp_path / "stopped", **changes)
     for stop, code, in_mlflow in STOPS:
         process = start_and_wait_for(project, "sparse: epoch")
         workers = children_of(process.pid)
@@ -207,6 +212,7 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
         assert process.returncode == code
         assert runs_of(project, "stage", "stopped")["sparse"].info.status == in_mlflow
 
+    assert not told.exists()
     run = project.run("frontier", str(project.params), "--json")
     assert states_of_flows(project) == [*["CANCELLED"] * 3, "COMPLETED", "CRASHED"]
     computed = json.loads(run.stdout)["computed"]
