@@ -11,6 +11,7 @@ import numpy as np
 
 from crnn.files import write_atomic
 from flows.comparison import accuracy, comparisons
+from flows.listing import ROWS
 from flows.rows import ACCURACY, Row
 
 if TYPE_CHECKING:  # The pipeline's own process does without torch.
@@ -75,7 +76,7 @@ def write_report(
         details_of: What else the page shows, as flows.page has it.
     """
     data = json.dumps(rows, indent=1).encode()
-    target = folder / "frontier.json"
+    target = folder / ROWS
     if target.exists() and target.read_bytes() == data:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,8 +169,10 @@ def _png(title: str, rows: Sequence[Row]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    for axes, (cost, name) in zip(panels, axes_of(rows).items(), strict=True):
+    panels, costs = figure.subplots(2, 2).flat, axes_of(rows)
+    for axes in panels[len(costs) :]:
+        axes.remove()  # Frontiers that are compared need not all have been exported.
+    for axes, (cost, name) in zip(panels, costs.items(), strict=False):
         _draw_panel(axes, rows, cost)
         axes.set(xscale="log", xlabel=name, ylabel="word accuracy, %")
         axes.grid(alpha=0.3, which="both")

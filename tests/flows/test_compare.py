@@ -41,6 +41,17 @@ def test_points_of_all_sweeps_are_on_one_pareto_set(tmp_path: Path) -> None:
     assert "other/bbbb 0.5" in (folder / "frontier.md").read_text()
 
 
+def test_sweeps_with_and_without_exports_compare_by_what_both_have() -> None:
+    sweep("tiny", "aaaa11", 3.0)
+    sweep("other", "bbbb22", 2.0)
+    for name, missing in (("tiny", "cost/latency_ms"), ("other", "cost/onnx_latency_ms")):
+        (path,) = (project.reports_folder() / name).glob("*/frontier.json")
+        rows = [{n: v for n, v in r.items() if n != missing} for r in json.loads(path.read_text())]
+        path.write_text(json.dumps(rows))
+    _, folder = compare(["tiny", "other"])
+    assert (folder / "frontier.png").stat().st_size > 10_000
+
+
 def test_the_newest_sweep_is_meant_unless_one_is_named() -> None:
     sweep("tiny", "aaaa11", 3.0, age=100)
     sweep("tiny", "cccc33", 2.0)
