@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.slimming import frontier
 from flows.experiment import load_experiment
 
-RATIOS = "0.5,0.87"
+RATIOS = [0.5, 0.87]
 TEACHER = "resnet34"
 STUDENT = "mobilenetv3_small_100"
 BACKBONES = ("vgg13", STUDENT, "mobilenetv3_large_100", "ghostnet_100", TEACHER, "repvgg_a0")
@@ -21,7 +22,9 @@ BACKBONES = ("vgg13", STUDENT, "mobilenetv3_large_100", "ghostnet_100", TEACHER,
 
 def main() -> None:
     """Compute every frontier, then compare them."""
-    params, seeds, *more = sys.argv[1:]
+    params, given_seeds, *given = sys.argv[1:]
+    seeds = [int(seed) for seed in given_seeds.split(",")]
+    more = [f"ratios={RATIOS}", "quantize=null", *given]
     experiment = load_experiment(Path(params), more)
     names = []
     for backbone in BACKBONES:
@@ -29,7 +32,7 @@ def main() -> None:
         if backbone == experiment.model.backbone:
             model["width"] = experiment.model.width
         names.append(f"{experiment.name}-{backbone}")
-        _frontier(params, seeds, more, [f"name={names[-1]}", f"model={model}"])
+        frontier(params, seeds, [f"name={names[-1]}", f"model={model}"], more)
     taught = [
         f"teacher={{model: {{backbone: {TEACHER}}}, epochs: {experiment.baseline.epochs}}}",
         f"model={{backbone: {STUDENT}, hidden: {experiment.model.hidden}}}",
@@ -37,16 +40,8 @@ def main() -> None:
         "finetune.distill=1",
     ]
     names.append(f"{experiment.name}-{STUDENT}-taught")
-    _frontier(params, seeds, more, [f"name={names[-1]}", *taught])
+    frontier(params, seeds, [f"name={names[-1]}", *taught], more)
     subprocess.run([sys.executable, "-m", "flows.cli", "compare", *names], check=True)
-
-
-def _frontier(params: str, seeds: str, more: list[str], settings: list[str]) -> None:
-    command = [sys.executable, "-m", "flows.cli", "frontier", params, "--ratios", RATIOS]
-    for override in [f"seeds=[{seeds}]", "quantize=null", *more, *settings]:
-        command += ["--set", override]
-    print("#", *command[2:], file=sys.stderr, flush=True)
-    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

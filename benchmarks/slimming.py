@@ -45,7 +45,8 @@ WAYS: dict[str, tuple[list[str], tuple[float, ...]]] = {
 
 def main() -> None:
     """Compare, and print a table for each figure."""
-    params, seeds, *more = sys.argv[1:]
+    params, seeds, *given = sys.argv[1:]
+    more = ["export=null", *given]
     numbers = [int(seed) for seed in seeds.split(",")]
     compared = {}
     for name, (settings, strengths) in WAYS.items():
@@ -63,7 +64,7 @@ def main() -> None:
 def frontier(params: str, seeds: list[int], settings: list[str], more: list[str]) -> Rows:
     """The rows of a frontier, from its cached stages where there are any."""
     command = [sys.executable, "-m", "flows.cli", "frontier", params, "--json"]
-    for override in [f"seeds={seeds}", "export=null", *more, *settings]:
+    for override in [f"seeds={seeds}", *more, *settings]:
         command += ["--set", override]
     print("#", *command[2:], file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)

@@ -94,11 +94,15 @@ class Spelled(NamedTuple):
 
 @dataclass
 class _Prefix:
-    """Log probabilities of a text's alignments so far, those that end in a blank apart."""
+    """Log probabilities of a text's alignments so far, those that end in a blank apart.
+
+    spoken is that of its characters in the language.
+    """
 
     blank: float = NEVER
     other: float = NEVER
     characters: list[float] = field(default_factory=list)
+    spoken: float = 0.0
 
     @property
     def both(self) -> float:
@@ -164,12 +168,11 @@ class BeamSearch:
     ) -> None:
         """Go on from a text with one class of the next frame."""
         if symbol == BLANK:
-            _arrive(grown[text], prefix.characters).blank = _add(
-                grown[text].blank, prefix.both + log
-            )
+            same = _arrive(grown[text], prefix.characters, prefix.spoken)
+            same.blank = _add(same.blank, prefix.both + log)
             return
         if text and symbol == text[-1]:
-            same = _arrive(grown[text], prefix.characters)
+            same = _arrive(grown[text], prefix.characters, prefix.spoken)
             same.other = _add(same.other, prefix.other + log)
             same.characters[-1] = max(same.characters[-1], math.exp(log))
             before = prefix.blank  # A letter twice takes a blank between.
@@ -177,24 +180,24 @@ class BeamSearch:
             before = prefix.both
         if before == NEVER or (self.lexicon and not self.lexicon.allows(text, symbol)):
             return
-        longer = _arrive(grown[*text, symbol], [*prefix.characters, math.exp(log)])
+        spoken = prefix.spoken
+        if self.language:
+            spoken += self.language.log_probability(text, symbol)
+        longer = _arrive(grown[*text, symbol], [*prefix.characters, math.exp(log)], spoken)
         longer.other = _add(longer.other, before + log)
 
     def _score(self, text: tuple[int, ...], prefix: _Prefix, ended: bool = False) -> float:
-        score = prefix.both + self.bonus * len(text) * bool(self.language)
-        if self.language:
-            score += self.weight * self._spoken(text)
-        if ended and self.language:
+        if not self.language:
+            return prefix.both
+        score = prefix.both + self.bonus * len(text) + self.weight * prefix.spoken
+        if ended:
             score += self.weight * self.language.log_probability(text, END)
         return score
 
-    def _spoken(self, text: tuple[int, ...]) -> float:
-        assert self.language
-        return sum(self.language.log_probability(text[:n], text[n]) for n in range(len(text)))
 
-
-def _arrive(prefix: _Prefix, characters: Sequence[float]) -> _Prefix:
+def _arrive(prefix: _Prefix, characters: Sequence[float], spoken: float) -> _Prefix:
     """A text that is reached once more, with the confidences on this way to it."""
+    prefix.spoken = spoken
     known = prefix.characters or [0.0] * len(characters)
     prefix.characters = [max(pair) for pair in zip(known, characters, strict=True)]
     return prefix

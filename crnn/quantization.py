@@ -40,8 +40,11 @@ class _Calibration(CalibrationDataReader):  # type: ignore[misc]
 
 def layers_of(path: Path) -> list[str]:
     """Names of the operations of an exported network that can be quantized, in their order."""
-    nodes = onnx.load(path).graph.node
-    return [node.name for node in nodes if node.op_type in (*STATIC, *DYNAMIC)]
+    return _layers(onnx.load(path))
+
+
+def _layers(network: onnx.ModelProto) -> list[str]:
+    return [node.name for node in network.graph.node if node.op_type in (*STATIC, *DYNAMIC)]
 
 
 def quantize(
@@ -57,7 +60,7 @@ def quantize(
     """
     network = onnx.load(path)
     name = network.graph.input[0].name
-    left = [name for name in layers_of(path) if name not in layers]
+    left = [layer for layer in _layers(network) if layer not in layers]
     with tempfile.TemporaryDirectory() as folder:
         static, whole = Path(folder) / "static.onnx", Path(folder) / "whole.onnx"
         quantize_static(

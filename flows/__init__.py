@@ -1,12 +1,4 @@
-"""Stages, their cache, tracking and the pipeline.
-
-from pathlib import Path
-from flows import frontier
-from flows.experiment import load_experiment
-
-experiment = load_experiment(Path("params/quickstart.yaml"), ratios=[0.62, 0.7])
-print(frontier(experiment).rows)
-"""
+"""The pipeline: experiment files, cached stages, tracking, the frontier, the command line."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from crnn.data.sources import open_source
 from crnn.files import sha256
-from flows import definitions, project, registry
+from flows import project, registry
 from flows.comparison import accuracy
 from flows.experiment import ChampionSettings, Experiment
 from flows.rows import ACCURACY, Row
@@ -131,7 +132,7 @@ def _promote(experiment: Experiment, tracker: Tracker, row: Row, sweep_run: str)
 def _first_val_line(experiment: Experiment) -> bytes:
     """An image file, the example of an input."""
     buffer = io.BytesIO()
-    definitions.open_sources(experiment)[1].image(0).save(buffer, "png")
+    open_source(experiment.data, "val", experiment.seed).image(0).save(buffer, "png")
     return buffer.getvalue()
 
 

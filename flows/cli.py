@@ -16,6 +16,7 @@ from flows.children import KEPT
 
 if TYPE_CHECKING:
     from flows.experiment import Experiment
+    from flows.rows import Row
 
 app = typer.Typer(
     help="Make a CRNN text recogniser small by network slimming, as a cached pipeline.",
@@ -65,12 +66,7 @@ def frontier(
             }
         )
         return
-    from flows import report
-    from flows.comparison import comparisons
-
-    _print_table(report.subject(experiment.name, result.rows), *report.table_cells(result.rows))
-    for sentence in comparisons(result.rows):
-        print(sentence)
+    _print_frontier(experiment.name, result.rows)
     print(result.champion)
     counted = (
         f"{len(result.computed)} stages computed" if result.computed else "everything was cached"
@@ -151,7 +147,7 @@ def runs(as_json: AsJson = False) -> None:
     """List finished sweeps, and stages that are under way or were stopped."""
     from flows.listing import stages_under_way, sweeps
 
-    finished, under_way = sweeps(), stages_under_way()
+    finished, under_way = sweeps(), list(stages_under_way())
     if as_json:
         _print_json({"sweeps": finished, "under_way": under_way})
         return
@@ -191,8 +187,6 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show the table of a finished sweep, of an experiment the newest."""
-    from flows import report
-    from flows.comparison import comparisons
     from flows.listing import folder_of, rows_of
 
     folder = folder_of(sweep)
@@ -200,9 +194,7 @@ def show(
     if as_json:
         _print_json({"rows": rows, "report": str(folder)})
         return
-    _print_table(report.subject(folder.parent.name, rows), *report.table_cells(rows))
-    for sentence in comparisons(rows):
-        print(sentence)
+    _print_frontier(folder.parent.name, rows)
     print(f"tables, plots and the files of each point: {_short(folder)}")
 
 
@@ -417,6 +409,15 @@ def _short(path: Path) -> Path:
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=1))
+
+
+def _print_frontier(title: str, rows: "list[Row]") -> None:
+    from flows import report
+    from flows.comparison import comparisons
+
+    _print_table(report.subject(title, rows), *report.table_cells(rows))
+    for sentence in comparisons(rows):
+        print(sentence)
 
 
 def _print_table(title: str, header: list[str], cells: list[list[str]]) -> None:

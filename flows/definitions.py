@@ -275,7 +275,8 @@ def measure_stage(network: Variant) -> Stage:
     """Cost of a network, and of its file where there is one."""
     names = ["model", "export"] if network.exported else ["model"]
     inputs = _files(network, names)
-    return Stage("measure", f"measure {network.label}", {}, inputs, VERSIONS["measure"])
+    settings = {"in_torch": False} if network.is_int8 else {}  # torch computes it in float.
+    return Stage("measure", f"measure {network.label}", settings, inputs, VERSIONS["measure"])
 
 
 def _files(network: Variant, names: list[str]) -> Upstream:

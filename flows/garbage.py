@@ -10,6 +10,7 @@ from typing import Any
 
 from crnn.errors import UserError
 from flows import cache, project
+from flows.listing import ROWS
 from flows.locks import is_free
 
 DAY = 86_400
@@ -77,10 +78,10 @@ def _folders(parent: Path) -> list[Path]:
 
 def _stages_of(report: Path) -> set[str]:
     """Keys of the stages behind a sweep's points."""
-    rows = _json(report / "frontier.json")
+    rows = _json(report / ROWS)
     if rows is None:
         raise UserError(
-            f"{report / 'frontier.json'} is unreadable, and says which stages must stay; run its"
+            f"{report / ROWS} is unreadable, and says which stages must stay; run its"
             " frontier again, or remove the folder if it may go"
         )
     return {key for row in rows for key in row["stages"].values()}

@@ -34,12 +34,8 @@ def _sweep(path: Path) -> dict[str, Any]:
     }
 
 
-def stages_under_way() -> list[dict[str, Any]]:
+def stages_under_way() -> Iterator[dict[str, Any]]:
     """Stages that are being computed, or that were stopped and go on with the next run."""
-    return list(_under_way())
-
-
-def _under_way() -> Iterator[dict[str, Any]]:
     for path in sorted(project.work_folder().glob("*/job.json")):
         try:
             job = json.loads(path.read_text(encoding="utf-8"))

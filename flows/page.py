@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from crnn.data.images import fit_line
-from flows import cache, definitions, project
+from crnn.data.sources import open_source
+from flows import cache, project
 from flows.cache import ERRORS, SUMMARY, WIDTHS
 from flows.champion import best_of
 from flows.experiment import Experiment
@@ -177,7 +178,7 @@ def _curves(rows: Sequence[Row], base: Path | None, sparse: Path | None) -> dict
 
 def _images(experiment: Experiment, indices: Sequence[int]) -> dict[int, str]:
     """Val lines as the network sees them, for an img element."""
-    val = definitions.open_sources(experiment)[1]
+    val = open_source(experiment.data, "val", experiment.seed)
     found = {}
     for index in indices:
         buffer = io.BytesIO()

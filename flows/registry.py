@@ -90,7 +90,7 @@ def promote(candidate: Candidate) -> str:
     """
     client, name, row = MlflowClient(), candidate.name, candidate.row
     digest = sha256(candidate.onnx)
-    if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
+    if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=f"Text recogniser of {name}.")
     same = [v for v in client.search_model_versions(f"name = '{name}'") if _is(v, digest, row)]
     if not same:
@@ -138,7 +138,7 @@ def _write_model(folder: Path, candidate: Candidate) -> None:
             python_model=serving.__file__,
             artifacts={serving.NETWORK: str(candidate.onnx)},
             code_paths=[str(package)],
-            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+            pip_requirements=[f"{needed}=={version(needed)}" for needed in REQUIREMENTS],
             signature=ModelSignature(Schema([*columns]), Schema([*readings])),
             input_example=pandas.DataFrame(
                 {"image": [base64.b64encode(candidate.example).decode()]}

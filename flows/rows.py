@@ -72,8 +72,6 @@ def row_of(variant: Variant, cost: Manifest) -> Row:
         row["stages"][exported.stage] = exported.key
     if exported and variant.is_int8:
         row |= {"int8": True, **_named(exported, "val/"), "cost/bytes": row["cost/onnx_bytes"]}
-        del row["cost/latency_ms"]  # torch computes it in float.
-        row.pop("cost/latency_deployed_ms", None)
     row["stages"]["measure"] = cost.key
     return row
 

@@ -11,20 +11,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from crnn.errors import UserError
 from flows import servers
 from flows.children import end_with_parent
 from flows.locks import single_flight
 
 RESTARTS = 3
-
-START_SECONDS = 120
-"""A fresh database takes 13 s on a small machine."""
 
 
 def start_server() -> Callable[[], None]:
@@ -53,7 +47,8 @@ def start_server() -> Callable[[], None]:
 
     def wait() -> None:
         with starting:
-            _wait(server.process, log)
+            address = f"{os.environ['PREFECT_API_URL']}/health"
+            servers.wait_for("Prefect", server.process, address, log)
         threading.Thread(target=server.keep, daemon=True).start()
 
     return wait
@@ -100,19 +95,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def _wait(server: "subprocess.Popen[bytes]", log: Path) -> None:
-    address = f"{os.environ['PREFECT_API_URL']}/health"
-    deadline = time.monotonic() + START_SECONDS
-    while server.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
-            return
-        time.sleep(0.1)
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise UserError(
-        f"Prefect's server does not start ({lines[-1] if lines else 'it says nothing'}); see {log}"
-    )
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from flows import project
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 START_SECONDS = 120
+"""A fresh database takes 13 s on a small machine."""
+
 STOP_SECONDS = 10
 
 Command = list[str]
@@ -67,10 +69,10 @@ def serving(mlflow_port: int, prefect_port: int) -> Iterator[Servers]:
         logs = project.home() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         waits = [
-            started.enter_context(_served(name, command, page, logs / f"{name}.log"))
+            started.enter_context(_served(name, command, page, logs / f"{name.lower()}.log"))
             for name, command, page in (
-                ("mlflow", mlflow_command(mlflow_port), servers.mlflow),
-                ("prefect", _prefect_command(prefect_port), servers.prefect),
+                ("MLflow", mlflow_command(mlflow_port), servers.mlflow),
+                ("Prefect", _prefect_command(prefect_port), servers.prefect),
             )
         ]
         for wait in waits:
@@ -122,19 +124,32 @@ def _served(name: str, command: Command, page: str, log: Path) -> Iterator[Calla
             start_new_session=True,
         )
 
-    def wait() -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(page):
-            if server.poll() is not None or time.monotonic() > deadline:
-                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                reason = lines[-1] if lines else "it says nothing"
-                raise UserError(f"the {name} server does not start ({reason}); see {log}")
-            time.sleep(0.2)
-
     try:
-        yield wait
+        yield lambda: wait_for(name, server, page, log)
     finally:
         _stop(server)
+
+
+def wait_for(name: str, server: "subprocess.Popen[bytes]", page: str, log: Path) -> None:
+    """Wait until a server answers.
+
+    Args:
+        name: Whose it is.
+        server: Its process.
+        page: An address of it.
+        log: What it says.
+
+    Raises:
+        UserError: It ended, or took too long.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        if _answers(page):
+            return
+        time.sleep(0.1)
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    reason = lines[-1] if lines else "it says nothing"
+    raise UserError(f"{name}'s server does not start ({reason}); see {log}")
 
 
 def _stop(server: "subprocess.Popen[bytes]") -> None:

@@ -74,12 +74,15 @@ def measure(work: Work) -> Outcome:
         **{f"cost/params_{part}": float(count) for part, count in parameters(model).items()},
         "cost/macs": float(macs(model)),
         "cost/bytes": float(path.stat().st_size),
-        "cost/latency_ms": latency_ms(model),
     }
+    in_torch = work.settings.get("in_torch", True)
+    if in_torch:
+        figures["cost/latency_ms"] = latency_ms(model)
     if shipped := deployed(model):
         figures["cost/params_deployed"] = float(parameters(shipped)["total"])
         figures["cost/macs_deployed"] = float(macs(shipped))
-        figures["cost/latency_deployed_ms"] = latency_ms(shipped)
+        if in_torch:
+            figures["cost/latency_deployed_ms"] = latency_ms(shipped)
     if "export" in work.job["inputs"]:
         figures |= _cost_of_export(work.input("export"))
     work.write_json("cost.json", figures)

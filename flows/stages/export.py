@@ -11,7 +11,7 @@ from crnn.data.batches import Batch, Lines, evaluation_batches
 from crnn.errors import CheckpointError
 from crnn.evaluation import Reading, score
 from crnn.export import export_onnx
-from crnn.reading import Reader, decode, load_exported
+from crnn.reading import Decoded, Reader, decode, load_exported
 from crnn.settings import ExportSettings
 from flows.cache import ERRORS, ONNX
 from flows.stages.work import Outcome, Work
@@ -72,13 +72,10 @@ def _read_with_both(
         expected, expected_classes = network.best_path(pixels)
         difference = max(difference, float(np.abs(best - expected).max()))
         widths = batch.widths.tolist()
-        readings = decode(exported, best, classes, widths)
+        decoded = decode(exported, best, classes, widths)
         truths = decode(network, expected, expected_classes, widths)
-        for index, label, read, truth in zip(
-            batch.indices, batch.labels, readings, truths, strict=True
-        ):
-            differing += read.text != truth.text
-            found.append(Reading(index, read.text, label, read.confidence))
+        differing += sum(d.text != truth.text for d, truth in zip(decoded, truths, strict=True))
+        found += _readings(batch, decoded)
     return found, difference, differing
 
 
@@ -86,12 +83,16 @@ def read_exported(exported: Reader, batches: Iterable[Batch]) -> list[Reading]:
     """What an export makes of every line of the batches."""
     found = []
     for batch in batches:
-        texts = decode(exported, *exported.best_path(pixels_of(batch)), batch.widths.tolist())
-        found += [
-            Reading(index, read.text, label, read.confidence)
-            for index, label, read in zip(batch.indices, batch.labels, texts, strict=True)
-        ]
+        best_path = exported.best_path(pixels_of(batch))
+        found += _readings(batch, decode(exported, *best_path, batch.widths.tolist()))
     return found
+
+
+def _readings(batch: Batch, decoded: Iterable[Decoded]) -> list[Reading]:
+    return [
+        Reading(index, read.text, label, read.confidence)
+        for index, label, read in zip(batch.indices, batch.labels, decoded, strict=True)
+    ]
 
 
 def write_errors(work: Work, readings: Iterable[Reading]) -> None:

@@ -49,10 +49,11 @@ def int8(work: Work) -> Outcome:
     def distance(reader: Reader) -> float:
         return _distance(exact, reader, judged[:2])
 
-    layers, lost = _within_budget(layers_of(path), quantized, drop, distance, settings.max_drop)
+    every = layers_of(path)
+    layers, lost = _within_budget(every, quantized, drop, distance, settings.max_drop)
     if not layers:
         shutil.copyfile(path, target)
-    left = [layer for layer in layers_of(path) if layer not in layers]
+    left = [layer for layer in every if layer not in layers]
     work.write_json("layers.json", {"int8": layers, "float": left})
     found = read_exported(load_exported(target), evaluation_batches(work.lines("val")))
     write_errors(work, found)
