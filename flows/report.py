@@ -224,7 +224,15 @@ def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
         "axes": {cost: name for cost, name in AXES.items() if any(cost in row for row in rows)},
         "size": SIZE,
         "table": {"header": header, "cells": cells},
-        "rows": [{**_figures(row), "point": row["point"], "kind": _kind(row)} for row in rows],
+        "rows": [
+            {
+                **_figures(row),
+                "point": row["point"],
+                "kind": _kind(row),
+                "frontier": row.get("frontier", title),
+            }
+            for row in rows
+        ],
     }
     return page_of(shown, details)
 

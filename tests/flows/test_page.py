@@ -10,8 +10,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from flows.compare import compare
 from flows.page import page_of
 from tests.flows.conftest import Project
+from tests.flows.test_compare import sweep
 
 Exported = tuple[Project, dict[str, Any]]
 
@@ -106,6 +108,23 @@ def test_no_label_leaves_its_place(browser: Browser, tmp_path: Path) -> None:
     assert wrong == []
     assert page.title() == "safe"
     assert page.locator("#errors b").first.inner_text() == HOSTILE
+
+
+@needs_chromium
+def test_frontiers_that_are_compared_have_a_colour_each(browser: Browser) -> None:
+    sweep("tiny", "aaaa11", 3.0)
+    sweep("other", "bbbb22", 2.0)
+    page, wrong = opened(browser, compare(["tiny", "other"])[1] / "report.html")
+    marks = page.locator("#frontier .mark").all()
+    assert [mark.get_attribute("stroke") for mark in marks] == [
+        "var(--blue)",
+        "var(--blue)",
+        "var(--orange)",
+        "var(--orange)",
+    ]
+    assert "other/bbbb" in page.locator("#key").inner_text()
+    assert Axe().run(page).violations_count == 0
+    assert wrong == []
 
 
 def test_the_page_of_bare_rows_holds_their_figures(exported: Exported) -> None:
