@@ -16,6 +16,9 @@ from crnn.files import sha256, sync_folder, write_atomic
 from flows import project
 
 MANIFEST = "manifest.json"
+SEAL = "manifest_sha256"
+"""Digest of the rest of a manifest, in the manifest: its figures are believed as its files are."""
+
 MODEL = "model.safetensors"
 ONNX = "model.onnx"
 HISTORY = "history.jsonl"
@@ -130,11 +133,16 @@ def verified(folder: Path) -> Manifest:
         DamagedError: Anything missing, of another size or of other bytes.
     """
     try:
-        manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        written = (folder / MANIFEST).read_bytes()
+        content = json.loads(written)
+        content.pop(SEAL, None)
+        manifest = Manifest(**content)
         entries = [(name, e["size"], e["sha256"]) for name, e in manifest.files.items()]
         manifest.digest  # noqa: B018  # The result must be among the files.
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"manifest unreadable ({type(error).__name__})") from error
+    if written != _sealed(manifest):
+        raise DamagedError("the manifest has other bytes than were written")
     if manifest.key != folder.name:
         raise DamagedError(f"manifest is of another stage ({manifest.key})")
     for name, size, digest in entries:
@@ -171,9 +179,16 @@ def publish(stage: Stage, folder: Path, outcome: dict[str, Any], run_id: str | N
         run_id=run_id,
         **outcome,
     )
-    write_atomic(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    write_atomic(folder / MANIFEST, _sealed(manifest))
     target = project.stages_folder() / stage.key
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)
     sync_folder(target.parent)
     return manifest
+
+
+def _sealed(manifest: Manifest) -> bytes:
+    """The bytes of a manifest's file."""
+    content = asdict(manifest)
+    seal = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
+    return json.dumps({**content, SEAL: seal}, indent=1).encode()

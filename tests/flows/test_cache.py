@@ -63,10 +63,14 @@ def lie_about_the_digest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def swap_the_key(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["key"] = "baseline-other"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def flatter_the_figures(folder: Path) -> None:
+    written = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(written.replace("0.5", "0.7"))
+
+
+def swap_the_manifest(folder: Path) -> None:
+    other = publish({"epochs": 2}).folder
+    (folder / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -78,8 +82,9 @@ def swap_the_key(folder: Path) -> None:
             "more.txt has other bytes",
         ),
         (flip_a_bit, "model.bin has other bytes"),
-        (lie_about_the_digest, "model.bin has other bytes"),
-        (swap_the_key, "of another stage"),
+        (lie_about_the_digest, "the manifest has other bytes"),
+        (flatter_the_figures, "the manifest has other bytes"),
+        (swap_the_manifest, "of another stage"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest unreadable"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest unreadable"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest unreadable"),
