@@ -319,9 +319,11 @@ def ui(
         print(f"MLFLOW_TRACKING_URI is set: the runs are on {store}")
         return
     from flows.servers import mlflow_command, port_is_free
+    from flows.tracking import create_store
 
     if not port_is_free(port):
         raise UserError(f"port {port} is taken; choose another with --port")
+    create_store()
     print(f"MLflow on http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
     os.execv(sys.executable, mlflow_command(port))
 
@@ -339,7 +341,9 @@ def up(
         if os.environ.get(name, "").startswith("http"):
             raise UserError(f"{name} is set to {os.environ[name]}: a server is there already")
     from flows.servers import serving
+    from flows.tracking import create_store
 
+    create_store()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(mlflow_port, prefect_port) as servers:
         print(f"MLflow   {servers.mlflow}   the runs: compare points, look at gammas")

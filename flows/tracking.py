@@ -28,6 +28,11 @@ from flows.locks import is_free, single_flight
 RETRY_SECONDS = 30
 """MLflow that could not be reached is left alone this long."""
 
+SQLITE = "sqlite:///"
+
+STORE = "mlflow-store"
+"""Name of the lock on a fresh store."""
+
 NOTE = "mlflow.note.content"
 """Tag that MLflow shows as a run's description."""
 
@@ -56,8 +61,9 @@ class Tracker:
         self._later(lambda: None)
 
     def _connect(self) -> None:
-        # Processes that create the same fresh SQLite store at once collide.
-        with single_flight("mlflow-store"):
+        create_store()
+        # Processes that create the same experiment at once collide.
+        with single_flight(STORE):
             self._client = MlflowClient()
             found = self._client.get_experiment_by_name(self._name)
             if found is None:
@@ -345,6 +351,23 @@ def _record(key: str) -> str:
     return f"record-{key}"
 
 
+def create_store() -> None:
+    """Make a store in SQLite whole or not at all; one that is there is left alone.
+
+    MLflow makes its tables in many steps, and cannot go on with those that a killed process left.
+    """
+    store = mlflow.get_tracking_uri()
+    path = Path(store.removeprefix(SQLITE))
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with single_flight(STORE):
+        if not store.startswith(SQLITE) or path.exists():
+            return
+        for left in path.parent.glob(f"{unfinished.name}*"):
+            left.unlink()
+        MlflowClient(f"{SQLITE}{unfinished}")
+        unfinished.rename(path)
+
+
 def deleted_and_registered() -> tuple[set[str], set[str]]:
     """What MLflow knows of the worth of things on disk.
 
@@ -354,6 +377,7 @@ def deleted_and_registered() -> tuple[set[str], set[str]]:
     Raises:
         TrackingError: MLflow cannot be reached.
     """
+    create_store()
     client = MlflowClient()
     try:
         everywhere = [e.experiment_id for e in client.search_experiments(ViewType.ALL)]

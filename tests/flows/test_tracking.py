@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from mlflow.entities import Run
 
 from flows import cache
 from flows.tracking import Tracker
-from tests.flows.conftest import Project, client_of, copy_of, runs_of
+from tests.flows.conftest import Project, client_of, copy_of, new_project, runs_of
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -140,6 +141,23 @@ def test_a_store_that_is_back_before_the_end_is_filled_by_the_same_run(
     assert set(runs) == set(project.manifests())
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert len(warnings) == 1
+
+
+def test_a_process_that_dies_while_it_makes_the_store_leaves_none(tmp_path: Path) -> None:
+    project = new_project(tmp_path)
+    store = project.home / "mlflow" / "mlflow.db"
+    unfinished = store.with_name("mlflow.db.unfinished")
+    process = subprocess.Popen(project.command("gc"), stdout=subprocess.PIPE, **project.options())
+    while not (unfinished.exists() and unfinished.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert unfinished.exists()
+    assert not store.exists()
+    project.run("gc")
+    assert not unfinished.exists()
+    assert client_of(project).search_experiments()
 
 
 def test_an_experiment_that_was_deleted_in_mlflow_is_brought_back(
