@@ -61,6 +61,7 @@ def frontier(
                 "rows": result.rows,
                 "computed": result.computed,
                 "sweep_run": result.sweep_run,
+                "charts": result.charts,
                 "report": str(result.report),
                 "champion": result.champion,
             }
@@ -73,6 +74,8 @@ def frontier(
     )
     print(f"{counted}; tables, plots and the checkpoint of each point: {_short(result.report)}")
     print(f"compare the runs with: {_short(Path(sys.argv[0]))} ui")
+    if result.charts:
+        print(f"then their charts are on: {result.charts}")
 
 
 @app.command("check-data")

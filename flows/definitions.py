@@ -33,6 +33,9 @@ Upstream = dict[str, Manifest]
 
 TEACHER = "teacher"
 
+SHARING = ("prune", "finetune", "scratch", "small", "export", "int8", "qat")
+"""Stages that run side by side; each of the others has all cores to itself."""
+
 VERSIONS = {
     "data": 1,
     "baseline": 1,

@@ -14,13 +14,28 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Of a stage by its steps; of the sweep its sentence says more."""
+
+    def render(self, task: Task) -> Text:
+        if task.description == SWEEP:
+            return Text()
+        return Text.assemble(super().render(task), " left")
+
+
+SWEEP = "all stages"
+"""What the bar of the whole sweep is called."""
 
 _bars = Progress(
     TextColumn("{task.description:<14}"),
@@ -28,8 +43,7 @@ _bars = Progress(
     MofNCompleteColumn(),
     TextColumn("{task.fields[phase]}"),
     TimeElapsedColumn(),
-    TextColumn("left"),
-    TimeRemainingColumn(elapsed_when_finished=False),
+    _TimeLeft(),
     console=console,
 )
 _tasks: dict[str, TaskID] = {}
@@ -76,6 +90,14 @@ def show(label: str, event: dict[str, Any]) -> None:
         )
     elif event["event"] == "begin" and event["epoch"]:
         say(f"{label}: goes on after epoch {event['epoch']} of {event['epochs']}")
+
+
+def show_sweep(done: int, of: int, sentence: str) -> None:
+    """Show how far the whole sweep is, in a bar of its own."""
+    with _lock:
+        if SWEEP not in _tasks:
+            _tasks[SWEEP] = _bars.add_task(SWEEP, phase="")
+        _bars.update(_tasks[SWEEP], completed=done, total=of, phase=sentence)
 
 
 def end(label: str) -> None:

@@ -1,38 +1,49 @@
-"""What Prefect and a running pipeline tell each other: a cancel, and the death of earlier runs."""
+"""What Prefect and a running pipeline tell each other: cancels, progress, deaths."""
 
 import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import cast
 from uuid import UUID
 
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from flows import children, project
+from flows.forecast import Forecast
 from flows.locks import is_free, single_flight
 
 WATCH_SECONDS = 2
-"""How often Prefect is asked whether the run was cancelled there."""
+"""How often Prefect is asked whether the run was cancelled there, and is told of its progress."""
 
 
 @contextmanager
-def attended() -> Iterator[None]:
-    """Within a flow: mark the dead runs before it, and stop its children when it is cancelled."""
+def attended(experiment: str, forecast: Forecast) -> Iterator[None]:
+    """Within a flow: mark the dead runs before it, show how far it is, stop it when cancelled.
+
+    Args:
+        experiment: Its name.
+        forecast: Of the run.
+    """
     run_id = UUID(flow_run.id)
     with single_flight(_lock_of(run_id)):
         with suppress(Exception), get_client(sync_client=True) as client:
             # What Prefect's pages show is worth no failed run.
             client.update_flow_run(run_id, tags=[project.identity()])
             _mark_dead_runs(client)
+        progress = _Progress(artifact_key("progress", experiment), forecast)
         done = threading.Event()
         context = contextvars.copy_context()  # Prefect keeps its settings there.
-        arguments = (_watch_for_cancel, run_id, done)
+        arguments = (_watch, run_id, progress, done)
         threading.Thread(target=context.run, args=arguments, daemon=True).start()
         try:
             yield
+            done.set()
+            progress.show()
         finally:
             done.set()
             (project.locks_folder() / f"{_lock_of(run_id)}.lock").unlink()
@@ -54,11 +65,39 @@ def _mark_dead_runs(client: SyncPrefectClient) -> None:
             (project.locks_folder() / f"{_lock_of(run.id)}.lock").unlink()
 
 
-def _watch_for_cancel(run_id: UUID, done: threading.Event) -> None:
-    """Stop the children when the run is cancelled in Prefect, which cannot interrupt a flow."""
+def _watch(run_id: UUID, progress: "_Progress", done: threading.Event) -> None:
+    """Show progress, and stop the children when the run is cancelled: Prefect cannot do that."""
     with get_client(sync_client=True) as client:
         while not done.wait(WATCH_SECONDS):
+            progress.show()
             with suppress(Exception):  # A server that is away cancels nothing.
                 state = client.read_flow_run(run_id).state
                 if state and (state.is_cancelling() or state.is_cancelled()):
                     children.stop()
+
+
+class _Progress:
+    """The progress artifact of a run; a server that is away is not told."""
+
+    def __init__(self, key: str, forecast: Forecast) -> None:
+        self._key, self._forecast = key, forecast
+        self._shown = ""
+        self._artifact: UUID | None = None
+
+    def show(self) -> None:
+        """Bring it up to date, where anything has changed."""
+        text, (done, of) = self._forecast.report(), self._forecast.stages
+        if text == self._shown:
+            return
+        with suppress(Exception):
+            if self._artifact is None:
+                made = create_progress_artifact(100 * done / of, self._key, text)
+                self._artifact = cast(UUID, made)  # A coroutine in async code alone.
+            else:
+                update_progress_artifact(self._artifact, 100 * done / of, text)
+            self._shown = text
+
+
+def artifact_key(what: str, experiment: str) -> str:
+    """Key of one of an experiment's artifacts, which may have small letters and dashes alone."""
+    return f"{what}-{experiment.lower().replace('_', '-')}"

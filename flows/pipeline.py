@@ -23,13 +23,15 @@ from flows import cache, children, definitions, display, project, report, server
 from flows.cache import READINESS, Manifest, Stage
 from flows.champion import crown
 from flows.experiment import Experiment
-from flows.flow_runs import attended
+from flows.flow_runs import artifact_key, attended
+from flows.forecast import forecast_of
 from flows.notice import notify
 from flows.page import details_of
 from flows.registry import Champion
 from flows.rows import Row, Variant, mean_of_seeds, row_of
-from flows.running import Context, find_or_compute
+from flows.running import Context, find_or_compute, parallel_finetunes
 from flows.tracking import Tracker
+from flows.views import FRONTIER, page_of_view
 
 UI = "http://127.0.0.1:5000"
 """Where `crnn-slim ui` serves MLflow."""
@@ -55,6 +57,7 @@ class Frontier:
         rows: The baseline and one row for each ratio.
         computed: Labels of the stages that had to be computed.
         sweep_run: MLflow run of the sweep, or None where MLflow could not be reached.
+        charts: Address of its charts in MLflow, or None where MLflow could not be reached.
         report: Folder of its tables and plots.
         champion: Which model the registry names best, and why, in a sentence.
     """
@@ -62,6 +65,7 @@ class Frontier:
     rows: list[Row]
     computed: list[str]
     sweep_run: str | None
+    charts: str | None
     report: Path
     champion: str
 
@@ -104,42 +108,42 @@ def target(context: Context, thin: Manifest, kind: str, value: float) -> Any:
 def prune(context: Context, samples: Manifest, thin: Manifest, ratio: float) -> Any:
     """Cut the channels of one ratio."""
     stage = definitions.prune_stage(context.experiment, samples, thin, ratio, context.seed)
-    return run_stage(context, stage, whole_machine=False)
+    return run_stage(context, stage)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="finetune {ratio}{context.of_seed}")
 def finetune(context: Context, ratio: float, upstream: dict[str, Any]) -> Any:
     """Train the cut network on."""
     stage = definitions.finetune_stage(context.experiment, upstream, ratio, context.seed)
-    return run_stage(context, stage, whole_machine=False)
+    return run_stage(context, stage)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{kind} {ratio}{context.of_seed}")
 def control(context: Context, kind: str, ratio: float, upstream: dict[str, Any]) -> Any:
     """Train a network that was not slimmed as long as one that was."""
     stage = definitions.control_stage(context.experiment, kind, upstream, context.seed)
-    return run_stage(context, stage, whole_machine=False)
+    return run_stage(context, stage)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="export {variant.model.label}")
 def export(context: Context, settings: ExportSettings, variant: Variant) -> Any:
     """Write a network for other runtimes."""
     stage = definitions.export_stage(settings, variant.stages)
-    return run_stage(context, stage, whole_machine=False)
+    return run_stage(context, stage)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="int8 {variant.model.label}")
 def int8(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
     """Quantize an export."""
     stage = definitions.int8_stage(settings, variant, context.seed)
-    return run_stage(context, stage, whole_machine=False)
+    return run_stage(context, stage)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="qat {variant.model.label}")
 def qat(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
     """Train a network on for 8 bits."""
     stage = definitions.qat_stage(settings, variant, context.seed)
-    return run_stage(context, stage, whole_machine=False)
+    return run_stage(context, stage)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="judge {exported.label}")
@@ -173,9 +177,10 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     project.configure_environment()  # A worker of Prefect's comes here directly.
     children.restart()
     tracker = Tracker(experiment.name, display.say)
-    context = Context(experiment, tracker, [], experiment.training_seeds[0])
+    forecast = forecast_of(experiment, parallel_finetunes(experiment))
+    context = Context(experiment, tracker, [], forecast, experiment.training_seeds[0])
     try:
-        with attended():
+        with attended(experiment.name, forecast):
             return _persistently(context)
     except KeyboardInterrupt:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
@@ -227,7 +232,8 @@ def _sweep(context: Context) -> Frontier:
     if crowned.is_new:
         event = {"event": "champion", "experiment": context.experiment.name}
         notify(context.experiment.notify, {**event, "reason": crowned.sentence}, display.say)
-    return Frontier(rows, context.computed, sweep_run, folder, crowned.sentence)
+    charts = _charts(context.tracker) if sweep_run else None
+    return Frontier(rows, context.computed, sweep_run, charts, folder, crowned.sentence)
 
 
 @dataclass(frozen=True)
@@ -405,7 +411,7 @@ def _publish(context: Context, rows: list[Row]) -> tuple[Path, str | None]:
     header, cells = report.table_cells(rows)
     create_table_artifact(
         [dict(zip(header, line, strict=True)) for line in cells],
-        key=f"frontier-{experiment.name.lower().replace('_', '-')}",
+        key=artifact_key("frontier", experiment.name),
         description=_links(context.tracker, rows, sweep_run),
     )
     return folder, sweep_run
@@ -423,23 +429,30 @@ def _on_these_lines(context: Context, samples: Manifest, reigning: Champion) -> 
 
 def _links(tracker: Tracker, rows: list[Row], sweep_run: str | None) -> str:
     """Markdown list of the MLflow runs behind a frontier."""
-    server, there = os.environ["MLFLOW_TRACKING_URI"], servers.running()
-    address = server if server.startswith("http") else there.mlflow if there else UI
     runs = {"sweep": sweep_run}
     for row in rows:
         runs |= {f"{stage} {row['point']}": tracker.run_of(k) for stage, k in row["stages"].items()}
-    experiment = f"{address}/#/experiments/{tracker.experiment_id}"
+    experiment = f"{_mlflow()}/#/experiments/{tracker.experiment_id}"
     links = [f"- [{name}]({experiment}/runs/{run})" for name, run in runs.items() if run]
     return "\n".join(["MLflow runs (`crnn-slim ui` serves them):", *links])
 
 
-def run_stage(context: Context, stage: Stage, whole_machine: bool = True) -> Any:
+def _charts(tracker: Tracker) -> str:
+    return f"{_mlflow()}/{page_of_view(str(tracker.experiment_id), FRONTIER)}"
+
+
+def _mlflow() -> str:
+    """Address of MLflow's pages: where they are, or where they will be once they are served."""
+    server, there = os.environ["MLFLOW_TRACKING_URI"], servers.running()
+    return server if server.startswith("http") else there.mlflow if there else UI
+
+
+def run_stage(context: Context, stage: Stage) -> Any:
     """Find a stage's result, or compute it in a process of its own.
 
     Args:
         context: Of the flow run.
         stage: What to compute.
-        whole_machine: It has all cores to itself; otherwise others of its kind run beside it.
 
     Returns:
         A completed state that holds the manifest; its name is "Cached" where nothing was computed.
@@ -451,7 +464,7 @@ def run_stage(context: Context, stage: Stage, whole_machine: bool = True) -> Any
         display.say(message)
 
     try:
-        manifest, cached = find_or_compute(context, stage, whole_machine, log)
+        manifest, cached = find_or_compute(context, stage, log)
     except StoppedError as stopped:
         return Cancelled(message=str(stopped))
     if cached:

@@ -40,6 +40,8 @@ PALETTE = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 SPREAD = f"{ACCURACY}_std"
 """Where there are several seeds: how far they lie apart."""
 
+RIDGE = 1.4
+"""Height of the highest ridge, in rows: it may reach into the row above."""
 
 SIZE = "cost/bytes"
 """What the table's Pareto set weighs against accuracy: bytes of the file that ships."""
@@ -270,23 +272,31 @@ def readiness_picture(verdict: "Readiness", epochs: Sequence[tuple[float, float]
     return _png_of(figure)
 
 
-def gamma_histograms(layers: dict[str, np.ndarray], title: str) -> np.ndarray:
-    """Histogram of |gamma| of each layer, (H, W, 3) uint8; fixed axes, so that runs compare."""
+def gamma_ridges(layers: dict[str, np.ndarray], title: str) -> np.ndarray:
+    """Distribution of |gamma| of each layer as ridge lines, (H, W, 3) uint8.
+
+    Size and axes are the same for all epochs and runs of a network, so that they compare. A ridge
+    is cut off where a bin has more than half of the layer's channels; the share that is exactly
+    zero stands beside it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 1 + 0.35 * len(layers)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     edges = np.linspace(0, 1, 41)
-    shares = [np.histogram(g.clip(0, 1), edges)[0] / len(g) for g in layers.values()]
-    mesh = axes.pcolormesh(
-        edges, np.arange(len(layers) + 1), shares, vmin=0, vmax=0.5, cmap="viridis"
-    )
-    axes.set(xlabel="|gamma|, 1 and above in the last bin", title=title)
-    axes.set_yticks(np.arange(len(layers)) + 0.5, list(layers))
-    axes.invert_yaxis()
-    figure.colorbar(mesh, label="share of the layer's channels")
+    for row, gammas in enumerate(layers.values()):
+        shares = np.histogram(gammas.clip(0, 1), edges)[0] / len(gammas)
+        heights = RIDGE * np.minimum(shares / 0.5, 1)
+        axes.stairs(heights - row, edges, baseline=-row, fill=True, color=MARKS["slimmed"][1])
+        axes.stairs(heights - row, edges, baseline=-row, color="white", lw=0.8)
+        zero = f"{100 * float((gammas == 0).mean()):.0f}% zero"
+        axes.text(0.99, 0.1 - row, zero, ha="right", va="bottom", fontsize=8)  # Within the axes.
+    axes.set(xlabel="|gamma|, 1 and above in the last bin", title=title, xlim=(0, 1))
+    axes.set_ylim(-len(layers) + 0.7, RIDGE + 0.1)
+    axes.set_yticks(-np.arange(len(layers)), list(layers))
+    axes.spines[["top", "right", "left"]].set_visible(False)
     canvas.draw()  # type: ignore[no-untyped-call]
     return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
 

@@ -13,6 +13,7 @@ from crnn.errors import StoppedError
 from flows import cache, children, definitions, display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
+from flows.forecast import Forecast
 from flows.locks import seats, single_flight
 from flows.tracking import Tracker
 
@@ -25,12 +26,14 @@ class Context:
         experiment: Its definition.
         tracker: MLflow.
         computed: Labels of the stages that were computed, the others came from the cache.
+        forecast: How far the sweep is.
         seed: Of the trainings; each seed's stages have a context of their own.
     """
 
     experiment: Experiment
     tracker: Tracker
     computed: list[str]
+    forecast: Forecast
     seed: int
 
     @property
@@ -60,14 +63,13 @@ def cores() -> int:
 
 
 def find_or_compute(
-    context: Context, stage: Stage, whole_machine: bool, log: Callable[[str], None]
+    context: Context, stage: Stage, log: Callable[[str], None]
 ) -> tuple[Manifest, bool]:
     """Find a stage's result, or compute it in a process of its own.
 
     Args:
         context: Of the flow run.
         stage: What to compute.
-        whole_machine: It has all cores to itself; otherwise others of its kind run beside it.
         log: Told whom it waits for, and of damaged results.
 
     Returns:
@@ -81,17 +83,20 @@ def find_or_compute(
         cached = manifest is not None
         if manifest is None:
             total = cores()
-            parallel = 1 if whole_machine else parallel_finetunes(context.experiment)
+            sharing = stage.name in definitions.SHARING
+            parallel = parallel_finetunes(context.experiment) if sharing else 1
             count = math.ceil(total / parallel)
             with seats(count, total, children.stopping, log):
                 manifest = _compute(context, stage, count, lock)
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
+    context.forecast.finish(stage, manifest.seconds)
     if cached:
         display.say(f"{stage.label}: cached")
     else:
         context.computed.append(stage.label)
-        display.say(f"{stage.label}: done in {manifest.seconds:.0f} s")
+        seconds = f"{stage.label}: done in {manifest.seconds:.0f} s"
+        display.say(f"{seconds} ({context.forecast.sentence()})")
     return replace(manifest, label=stage.label), cached
 
 
@@ -101,7 +106,9 @@ def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
     context.tracker.begin(stage)
 
     def on_event(event: children.Event) -> None:
+        context.forecast.step(stage, event)
         display.show(stage.label, event)
+        display.show_sweep(*context.forecast.stages, context.forecast.sentence())
         if event["event"] == "epoch":
             context.tracker.epochs(stage, folder / "out")
 
@@ -110,6 +117,7 @@ def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
         outcome = children.run_child(job, folder, lock, on_event)
     except BaseException as error:
         stopped = isinstance(error, StoppedError)
+        context.forecast.interrupt(stage)
         context.tracker.interrupt(stage, "KILLED" if stopped else "FAILED")
         raise
     finally:

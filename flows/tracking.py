@@ -24,6 +24,7 @@ from crnn.errors import CheckpointError, TrackingError
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MANIFEST, SNAPSHOTS, Manifest, Stage
 from flows.locks import is_free, single_flight
+from flows.views import FRONTIER, TRAINING, page_of_view, save_views
 
 RETRY_SECONDS = 30
 """MLflow that could not be reached is left alone this long."""
@@ -299,11 +300,19 @@ class Tracker:
                 point["point"]: self._point(sweep_id, key, point, there.get(point["point"]))
                 for point in points
             }
-            self._client.set_tag(sweep_id, NOTE, self._links("Points of this sweep", runs))
+            save_views(self._client, self._client.get_experiment(str(self.experiment_id)))
+            description = f"{self._charts()}\n\n{self._links('Points of this sweep', runs)}"
+            self._client.set_tag(sweep_id, NOTE, description)
             self._client.log_dict(sweep_id, params, "experiment.json")
             self._client.log_artifacts(sweep_id, str(files))
             self._client.set_terminated(sweep_id, "FINISHED")
         return sweep_id
+
+    def _charts(self) -> str:
+        """A description that leads to the charts of the experiment, Markdown."""
+        views = {"the frontier": FRONTIER, "training curves and gammas": TRAINING}
+        pages = {what: page_of_view(str(self.experiment_id), view) for what, view in views.items()}
+        return "Charts: " + ", ".join(f"[{what}]({page})" for what, page in pages.items())
 
     def _links(self, title: str, runs: dict[str, str]) -> str:
         """A description that leads to other runs, Markdown."""
@@ -427,8 +436,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _gamma_image(path: Path, title: str) -> np.ndarray:
-    """Histogram of |gamma| of every layer, (H, W, 3) uint8; the axes are the same in all runs."""
-    from flows.report import gamma_histograms
+    """|gamma| of every layer as a picture, (H, W, 3) uint8; its axes are the same in all runs."""
+    from flows.report import gamma_ridges
 
     with np.load(path) as arrays:
-        return gamma_histograms({name: arrays[name] for name in arrays.files}, title)
+        return gamma_ridges({name: arrays[name] for name in arrays.files}, title)

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from flows.compare import compare
 from flows.page import page_of
-from tests.flows.conftest import Project
+from tests.flows.conftest import Project, free_port, wait_for
 from tests.flows.test_compare import sweep
+from tests.flows.test_servers import started
 
 Exported = tuple[Project, dict[str, Any]]
 
@@ -125,6 +126,34 @@ def test_frontiers_that_are_compared_have_a_colour_each(browser: Browser) -> Non
     assert "other/bbbb" in page.locator("#key").inner_text()
     assert Axe().run(page).violations_count == 0
     assert wrong == []
+
+
+@needs_chromium
+def test_mlflow_shows_the_charts_of_an_experiment(
+    exported: Exported, browser: Browser, tmp_path: Path
+) -> None:
+    project, printed = exported
+    port = free_port()
+    server = started(project, "ui", "--port", str(port), log=tmp_path / "log")
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health")
+        page = browser.new_page(viewport={"width": 1500, "height": 2400})
+        address = f"http://127.0.0.1:{port}/#{printed['charts'].split('/#')[1]}"
+        page.goto(address)
+        chart = page.get_by_role("heading", name="cost/bytes vs. val/word_accuracy", exact=True)
+        expect(chart).to_be_visible(timeout=60_000)
+        for row in printed["rows"]:
+            expect(page.get_by_role("link", name=row["point"], exact=True)).to_be_visible()
+        page.goto("about:blank")
+        page.goto(address.replace("frontier", "training"))
+        for chart in ("gamma/share_zero", "gammas"):
+            heading = page.get_by_role("heading", name=chart, exact=True)
+            expect(heading).to_be_visible(timeout=60_000)
+        expect(page.get_by_role("link", name="sparse", exact=True)).to_be_visible()
+        expect(page.locator("img[src*='gammas']").first).to_be_visible(timeout=30_000)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def test_the_page_of_bare_rows_holds_their_figures(exported: Exported) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.report import AXES, gamma_histograms, pareto, table_cells, write_report
+from flows.report import AXES, gamma_ridges, pareto, table_cells, write_report
 
 
 def row(point: str, accuracy: float, cost: float) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def test_the_table_says_what_a_person_needs() -> None:
 
 def test_gamma_pictures_of_two_runs_have_the_same_axes() -> None:
     few, many = {"bn": np.array([0.0, 0.5])}, {"bn": np.array([0.2, 5.0])}
-    one, other = gamma_histograms(few, "epoch 1"), gamma_histograms(many, "epoch 1")
+    one, other = gamma_ridges(few, "epoch 1"), gamma_ridges(many, "epoch 1")
     assert one.shape == other.shape
     assert one.dtype == np.uint8
     differing = np.argwhere((one != other).any(2))

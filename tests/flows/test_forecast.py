@@ -1,0 +1,106 @@
+"""How far a sweep is, and how long it still takes."""
+
+import json
+import os
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import forecast
+from flows.cache import Stage
+from flows.experiment import load_experiment
+from flows.forecast import Forecast, duration, forecast_of
+from tests.flows.conftest import Project, new_project
+
+Finished = tuple[Project, dict[str, Any]]
+
+
+def stage(name: str, label: str = "") -> Stage:
+    return Stage(name, label or name, {}, {}, 1)
+
+
+def step(step: int, steps: int) -> dict[str, Any]:
+    return {"event": "step", "step": step, "steps": steps, "phase": f"epoch {step}/{steps}"}
+
+
+def test_time_left_is_learned_from_what_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(forecast.time, "monotonic", lambda: now[0])
+    sweep = Forecast({"data": 1, "baseline": 1, "finetune": 4}, 2, {})
+    sweep.finish(stage("data"), 5)
+    sweep.step(stage("baseline"), step(1, 10))
+    assert sweep.left() == (0, ["baseline", "finetune"])
+    now[0] = 60
+    sweep.step(stage("baseline"), step(3, 10))
+    assert sweep.left() == (pytest.approx(210), ["finetune"]), "its own pace: 300 s, 30% done"
+    assert sweep.sentence() == (
+        "1 of 6 stages, at least 4 min left, no stage seen yet of: finetune"
+    )
+    assert sweep.report().splitlines()[1] == "- baseline: epoch 3/10, 30%, 4 min left"
+    sweep.finish(stage("baseline"), 300)
+    sweep.finish(stage("finetune", "finetune 0.62"), 100)
+    assert sweep.left() == (pytest.approx(150), []), "three are left, two at once"
+    sweep.step(stage("finetune", "finetune 0.67"), step(1, 2))
+    assert sweep.left() == (pytest.approx(125), [])
+    sweep.interrupt(stage("finetune", "finetune 0.67"))
+    for ratio in (0.67, 0.72, 0.77):
+        sweep.finish(stage("finetune", f"finetune {ratio}"), 100)
+    assert sweep.sentence() == "6 of 6 stages"
+
+
+def test_time_left_is_learned_from_the_sweep_before() -> None:
+    sweep = Forecast({"baseline": 1, "sparse": 1}, 1, {"baseline": [100, 200], "sparse": [50]})
+    assert sweep.left() == (200, [])
+
+
+def test_durations_are_said_as_people_do() -> None:
+    said = [duration(seconds) for seconds in (0.2, 42, 100, 3600, 5000)]
+    assert said == ["1 s", "42 s", "2 min", "1 h 0 min", "1 h 23 min"]
+
+
+def test_what_is_planned_is_what_a_sweep_computes(
+    finished: Finished, exported: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for project, printed in (finished, exported):
+        monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+        sweep = forecast_of(load_experiment(project.params), 1)
+        assert sum(sweep.planned.values()) == len(printed["computed"])
+        assert set(sweep.before) == set(sweep.planned), "learned from the sweep before"
+
+
+def test_the_plan_has_teachers_targets_controls_and_seeds(tmp_path: Path) -> None:
+    controls = {"scratch": True, "small": True, "ratios": [0.3]}
+    project = new_project(
+        tmp_path,
+        seeds=[0, 1],
+        prune={"targets": {"size_mb": 0.1}},
+        controls=controls,
+        teacher={"epochs": 1},
+    )
+    planned = forecast_of(load_experiment(project.params), 1).planned
+    assert planned == {
+        "data": 1,
+        "teacher": 2,
+        "baseline": 2,
+        "sparse": 2,
+        "target": 2,
+        "prune": 6,
+        "finetune": 6,
+        "scratch": 2,
+        "small": 2,
+        "measure": 12,
+    }
+
+
+def test_prefect_shows_how_far_a_run_is(finished: Finished) -> None:
+    wanted = {"artifacts": {"key": {"any_": ["progress-tiny"]}}}
+    request = urllib.request.Request(
+        f"{os.environ['PREFECT_API_URL']}/artifacts/filter",
+        json.dumps(wanted).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        shown = [(artifact["data"], artifact["description"]) for artifact in json.load(answer)]
+    assert (100, "10 of 10 stages") in shown
