@@ -1,10 +1,12 @@
-"""From a checkpoint to an ONNX file.
+"""From a checkpoint to an ONNX file, and to torch.export's.
 
-torch.export, and the ONNX exporter built on it, unroll an LSTM over the frames of their example, so
-that their files would read lines of one width.
+The ONNX exporter that is built on torch.export unrolls an LSTM over the frames of its example, so
+that its files would read lines of one width: the older exporter makes them.
 """
 
+import copy
 import hashlib
+import io
 import json
 import tempfile
 import warnings
@@ -14,6 +16,7 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from crnn.checkpoint import Checkpoint
 from crnn.data.batches import normalise
@@ -88,6 +91,28 @@ def export_onnx(
     ):
         network.metadata_props.add(key=key, value=value)
     write_atomic(path, network.SerializeToString(deterministic=True))
+
+
+def export_program(path: Path, checkpoint: Checkpoint, settings: ExportSettings) -> None:
+    """Write what torch.export makes of a network, .pt2, with dynamic batch and width.
+
+    `torch.export.load(path).module(check_guards=False)` reads it: one of the guards, on the strides
+    of what the LSTM gives, would refuse a batch of one line, which is computed as any other.
+
+    Args:
+        path: The file; charset and geometry are in it, as "crnn-slim.json".
+        checkpoint: The network, on the CPU.
+        settings: What goes inside.
+    """
+    shipped = Shipped(copy.deepcopy(checkpoint.model), settings).eval()
+    lines, sixteens = Dim("N", min=1, max=4096), Dim("W16", min=2, max=1024)
+    shape = {0: lines, (2 if settings.normalise else 3): 16 * sixteens}
+    content = json.dumps(_metadata(checkpoint, {}), sort_keys=True, ensure_ascii=False)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # That an LSTM keeps a list of its weights.
+        program = torch.export.export(shipped, (example(settings),), dynamic_shapes=(shape,))
+        torch.export.save(program, buffer, extra_files={f"{METADATA}.json": content})
+    write_atomic(path, buffer.getvalue())
 
 
 def example(settings: ExportSettings) -> Tensor:

@@ -125,11 +125,12 @@ class ExportSettings(Settings):
 
     With normalise it takes pixels, uint8 (N, 32, W, 3), else images, float32 (N, 3, 32, W) in
     [-1, 1]. It gives the probabilities, float32 (N, T, K), or the classes of the best path, int64
-    (N, T), with their probabilities.
+    (N, T), with their probabilities. With pt2 there is torch.export's file beside the ONNX file.
     """
 
     normalise: bool = True
     output: Literal["probabilities", "classes"] = "probabilities"
+    pt2: bool = False
 
 
 class QuantizeSettings(TrainSettings):

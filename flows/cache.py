@@ -21,6 +21,7 @@ SEAL = "manifest_sha256"
 
 MODEL = "model.safetensors"
 ONNX = "model.onnx"
+PT2 = "model.pt2"
 HISTORY = "history.jsonl"
 GAMMAS = "gammas"
 SNAPSHOTS = "snapshots"

@@ -5,19 +5,24 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from crnn.checkpoint import load_checkpoint, reader_of
-from crnn.data.batches import Batch, Lines, evaluation_batches
+from crnn.checkpoint import Checkpoint, load_checkpoint, reader_of
+from crnn.data.batches import Batch, Lines, evaluation_batches, normalise
 from crnn.errors import CheckpointError
 from crnn.evaluation import Reading, score
-from crnn.export import export_onnx
+from crnn.export import Shipped, export_onnx, export_program
 from crnn.reading import Decoded, Reader, decode, load_exported
 from crnn.settings import ExportSettings
-from flows.cache import ERRORS, ONNX
+from flows.cache import ERRORS, ONNX, PT2
 from flows.stages.work import Outcome, Work
 
 TOLERANCE = 1e-4
 """Largest difference of a probability between a network and its export."""
+
+PROGRAM_LINES = 64
+"""Val lines that torch.export's file is tried on."""
 
 
 def export(work: Work) -> Outcome:
@@ -33,12 +38,38 @@ def export(work: Work) -> Outcome:
             "the export does not read as the network it was made of: probabilities differ by up to"
             f" {difference:.2g} ({TOLERANCE:g} is allowed), and {differing} of {len(found)} texts"
         )
+    if settings.pt2:
+        _write_program(work, checkpoint, settings)
     write_errors(work, found)
     return ONNX, {
         **score(found, work.unseen()),
         "export/max_difference": difference,
         "export/bytes": float((work.out / ONNX).stat().st_size),
     }
+
+
+def _write_program(work: Work, checkpoint: Checkpoint, settings: ExportSettings) -> None:
+    """Write torch.export's file too, and hold it against the network."""
+    export_program(work.out / PT2, checkpoint, settings)
+    program = torch.export.load(work.out / PT2).module(check_guards=False)
+    shipped = Shipped(checkpoint.model, settings).eval()
+    for batch in evaluation_batches(work.lines("val").sample(PROGRAM_LINES)):
+        images = batch.images
+        given = images.permute(0, 2, 3, 1) if settings.normalise else normalise(images)
+        with torch.no_grad():
+            best, expected = (_best(network(given)) for network in (program, shipped))
+        difference = float((best - expected).abs().max())
+        if difference > TOLERANCE:
+            raise CheckpointError(
+                "torch.export's file does not read as the network it was made of: probabilities"
+                f" differ by {difference:.2g} ({TOLERANCE:g} is allowed); leave it out with"
+                " export.pt2=false"
+            )
+
+
+def _best(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Largest probability of each frame, (N, T), of what a shipped network gives."""
+    return output[1] if isinstance(output, tuple) else output.max(2).values
 
 
 def judge(work: Work) -> Outcome:

@@ -5,17 +5,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint, reader_of, save_checkpoint
+from crnn.data.batches import normalise
 from crnn.data.render import render_line
 from crnn.errors import CheckpointError
-from crnn.export import export_onnx
+from crnn.export import Shipped, export_onnx, export_program
 from crnn.reading import DIGEST, METADATA, load_exported, read_images
 from crnn.settings import ExportSettings
 from tests.conftest import DIGITS, random_recogniser
@@ -45,6 +48,26 @@ def test_an_export_reads_as_the_network_at_any_width_and_batch(
     assert np.allclose(*([r.confidence for r in found] for found in (readings, truths)), rtol=1e-3)
     assert (exported.max_width, exported.stride) == (160, 4)
     assert exported.provenance == {"ratio": 0.62}
+
+
+@pytest.mark.parametrize("backbone", ["vgg13", "repvgg_a0", "mobilenetv3_small_100"])
+@pytest.mark.parametrize("settings", [{}, {"normalise": False, "output": "classes"}])
+def test_a_program_of_torch_computes_the_same_at_any_width_and_batch(
+    tmp_path: Path, backbone: str, settings: dict[str, Any]
+) -> None:
+    chosen = ExportSettings.model_validate(settings)
+    width = 0.05 if backbone == "vgg13" else 1.0
+    model = random_recogniser(width=width, backbone=backbone).float().eval()
+    checkpoint = Checkpoint(model, Charset("0123456789"), 160, "finetune")
+    export_program(tmp_path / "model.pt2", checkpoint, chosen)
+    program = torch.export.load(tmp_path / "model.pt2").module(check_guards=False)
+    shipped = Shipped(model, chosen).eval()
+    for lines, pixels in ((1, 48), (3, 160)):
+        shape = (lines, 32, pixels, 3) if chosen.normalise else (lines, 3, 32, pixels)
+        given = torch.randint(0, 255, shape, dtype=torch.uint8)
+        given = given if chosen.normalise else normalise(given)
+        with torch.no_grad():
+            torch.testing.assert_close(program(given), shipped(given), rtol=0, atol=1e-4)
 
 
 def test_a_deployed_network_of_timm_is_exported(tmp_path: Path) -> None:

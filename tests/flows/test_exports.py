@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crnn.data.render import render_line
 from crnn.reading import load_exported
 from tests.conftest import DIGITS
@@ -16,7 +18,7 @@ def test_every_point_is_exported_measured_and_reads_the_same(
     finished: Finished, tmp_path: Path
 ) -> None:
     project = copy_of(finished, tmp_path / "copy")
-    exporting = ("--set", "export={}", "--set", "quantize=null", "--set", "champion=null")
+    exporting = ("--set", "export={pt2: true}", "--set", "quantize=null", "--set", "champion=null")
     result = project.frontier(*exporting)
     networks = ("baseline", "finetune 0.3", "finetune 0.6")
     assert sorted(result["computed"]) == sorted(
@@ -28,6 +30,8 @@ def test_every_point_is_exported_measured_and_reads_the_same(
         path = project.home / row["onnx"]
         assert row["cost/onnx_bytes"] == path.stat().st_size
         assert row["cost/onnx_latency_ms"] > 0
+        program = torch.export.load(path.with_name("model.pt2")).module(check_guards=False)
+        assert program(torch.zeros(1, 32, 64, 3, dtype=torch.uint8)).shape == (1, 16, 11)
         exported = load_exported(path)
         assert (
             exported.provenance.get("ratio") == row["prune/ratio_requested"]
