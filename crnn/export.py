@@ -28,7 +28,7 @@ from crnn.reading import CLASSES, DIGEST, FORMAT, IMAGES, METADATA, PIXELS, PROB
 from crnn.settings import ExportSettings
 
 OPSET = 17
-EXPORTER = "torch.onnx, TorchScript"
+PROGRAM_FORMAT = "crnn-slim-pt2/1"
 
 
 class Shipped(nn.Module):
@@ -84,7 +84,9 @@ def export_onnx(
         )
         network = onnx.load_model(Path(folder) / "network.onnx")
     # A charset of thousands of characters is half as long without escapes.
-    content = json.dumps(_metadata(checkpoint, provenance), sort_keys=True, ensure_ascii=False)
+    made_by = {"format": FORMAT, "exporter": "torch.onnx, TorchScript", "opset": OPSET}
+    metadata = {**_metadata(checkpoint, provenance), **made_by}
+    content = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
     for key, value in (
         (METADATA, content),
         (DIGEST, hashlib.sha256(content.encode()).hexdigest()),
@@ -93,24 +95,30 @@ def export_onnx(
     write_atomic(path, network.SerializeToString(deterministic=True))
 
 
-def export_program(path: Path, checkpoint: Checkpoint, settings: ExportSettings) -> None:
+def export_program(
+    path: Path, checkpoint: Checkpoint, settings: ExportSettings, provenance: dict[str, Any]
+) -> None:
     """Write what torch.export makes of a network, .pt2, with dynamic batch and width.
 
-    `torch.export.load(path).module(check_guards=False)` reads it: one of the guards, on the strides
-    of what the LSTM gives, would refuse a batch of one line, which is computed as any other.
+    `torch.export.load(path).module(check_guards=False)` reads it: its guards would hold it to the
+    width of its example, and to more than one line, though it computes any.
 
     Args:
         path: The file; charset and geometry are in it, as "crnn-slim.json".
         checkpoint: The network, on the CPU.
         settings: What goes inside.
+        provenance: Goes into the metadata as it is.
     """
     shipped = Shipped(copy.deepcopy(checkpoint.model), settings).eval()
     lines, sixteens = Dim("N", min=1, max=4096), Dim("W16", min=2, max=1024)
     shape = {0: lines, (2 if settings.normalise else 3): 16 * sixteens}
-    content = json.dumps(_metadata(checkpoint, {}), sort_keys=True, ensure_ascii=False)
+    made_by = {"format": PROGRAM_FORMAT, "exporter": f"torch.export {torch.__version__}"}
+    metadata = {**_metadata(checkpoint, provenance), **made_by}
+    content = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
     buffer = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # That an LSTM keeps a list of its weights.
         program = torch.export.export(shipped, (example(settings),), dynamic_shapes=(shape,))
+        program.example_inputs = None  # They would be in the file, pickled.
         torch.export.save(program, buffer, extra_files={f"{METADATA}.json": content})
     write_atomic(path, buffer.getvalue())
 
@@ -125,11 +133,8 @@ def example(settings: ExportSettings) -> Tensor:
 def _metadata(checkpoint: Checkpoint, provenance: dict[str, Any]) -> dict[str, Any]:
     stride = checkpoint.model.stride
     return {
-        "format": FORMAT,
         "charset": checkpoint.charset.characters,
         "classes": checkpoint.model.classes,
         "geometry": {"height": HEIGHT, "max_width": checkpoint.max_width, "stride": stride},
-        "exporter": EXPORTER,
-        "opset": OPSET,
         "provenance": provenance,
     }

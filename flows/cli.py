@@ -344,9 +344,7 @@ def up(
         if os.environ.get(name, "").startswith("http"):
             raise UserError(f"{name} is set to {os.environ[name]}: a server is there already")
     from flows.servers import serving
-    from flows.tracking import create_store
 
-    create_store()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(mlflow_port, prefect_port) as servers:
         print(f"MLflow   {servers.mlflow}   the runs: compare points, look at gammas")

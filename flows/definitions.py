@@ -247,7 +247,10 @@ def export_stage(settings: ExportSettings, stages: Upstream) -> Stage:
     origin: dict[str, Any] = {"stage": model.stage, "key": model.key}
     if pruned:
         origin["ratio"] = pruned.settings["basis_points"] / 10_000
-    content = {"export": _dump(settings), "of": origin}
+    shape = _dump(settings)
+    if not settings.pt2:
+        del shape["pt2"]  # Older keys do not have it.
+    content = {"export": shape, "of": origin}
     inputs = {"data": stages["data"], "model": model}
     return Stage("export", f"export {model.label}", content, inputs, VERSIONS["export"])
 

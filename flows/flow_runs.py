@@ -39,10 +39,12 @@ def attended(experiment: str, forecast: Forecast) -> Iterator[None]:
         done = threading.Event()
         context = contextvars.copy_context()  # Prefect keeps its settings there.
         arguments = (_watch, run_id, progress, done)
-        threading.Thread(target=context.run, args=arguments, daemon=True).start()
+        watcher = threading.Thread(target=context.run, args=arguments, daemon=True)
+        watcher.start()
         try:
             yield
             done.set()
+            watcher.join(WATCH_SECONDS)  # What it shows now is older than what is shown last.
             progress.show()
         finally:
             done.set()
@@ -69,11 +71,11 @@ def _watch(run_id: UUID, progress: "_Progress", done: threading.Event) -> None:
     """Show progress, and stop the children when the run is cancelled: Prefect cannot do that."""
     with get_client(sync_client=True) as client:
         while not done.wait(WATCH_SECONDS):
-            progress.show()
             with suppress(Exception):  # A server that is away cancels nothing.
                 state = client.read_flow_run(run_id).state
                 if state and (state.is_cancelling() or state.is_cancelled()):
                     children.stop()
+            progress.show()
 
 
 class _Progress:
@@ -86,10 +88,10 @@ class _Progress:
 
     def show(self) -> None:
         """Bring it up to date, where anything has changed."""
-        text, (done, of) = self._forecast.report(), self._forecast.stages
-        if text == self._shown:
-            return
         with suppress(Exception):
+            text, (done, of) = self._forecast.report(), self._forecast.stages
+            if text == self._shown:
+                return
             if self._artifact is None:
                 made = create_progress_artifact(100 * done / of, self._key, text)
                 self._artifact = cast(UUID, made)  # A coroutine in async code alone.

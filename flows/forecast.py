@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -58,6 +59,7 @@ class Forecast:
         before: Seconds of such stages in the sweep before, by kind.
         finished: Seconds of the finished stages, by kind; a cached one has those of its making.
         under_way: By the label of the stage.
+        added: Stages that were decided on the way, by kind.
     """
 
     planned: Mapping[str, int]
@@ -65,14 +67,16 @@ class Forecast:
     before: Mapping[str, Sequence[float]]
     finished: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     under_way: dict[str, UnderWay] = field(default_factory=dict)
+    added: Counter[str] = field(default_factory=Counter)
 
     def step(self, stage: Stage, event: Mapping[str, Any]) -> None:
         """Note a progress event of a stage."""
         if event["event"] == "step":
             share = event["step"] / event["steps"]
-            seen = self.under_way.setdefault(
-                stage.label, UnderWay(_kind(stage), time.monotonic(), share)
-            )
+            seen = self.under_way.get(stage.label)
+            if seen is None or share < seen.share:  # The data stage begins anew with each split.
+                seen = UnderWay(_kind(stage), time.monotonic(), share)
+                self.under_way[stage.label] = seen
             seen.share, seen.phase = share, event["phase"]
 
     def finish(self, stage: Stage, seconds: float) -> None:
@@ -84,25 +88,41 @@ class Forecast:
         """Note that a stage has ended without a result."""
         self.under_way.pop(stage.label, None)
 
+    def restart(self) -> None:
+        """Forget what has finished: a sweep that is tried again finds it in the cache."""
+        self.finished.clear()
+        self.under_way.clear()
+        self.added.clear()
+
+    def add(self, stages: Mapping[str, int]) -> None:
+        """Plan more stages, of some kinds, than the experiment alone could tell."""
+        self.added.update(stages)
+
+    def _counts(self) -> Counter[str]:
+        return Counter(self.planned) + self.added
+
     @property
     def stages(self) -> tuple[int, int]:
-        """How many stages have finished, and how many there are; others than planned are not."""
-        done = sum(min(len(self.finished[kind]), count) for kind, count in self.planned.items())
-        return done, sum(self.planned.values())
+        """How many stages have finished, and how many there are, of those that are planned."""
+        counts = self._counts()
+        done = sum(min(len(self.finished[kind]), count) for kind, count in counts.items())
+        return done, counts.total()
 
     def left(self) -> tuple[float, list[str]]:
         """Seconds that are left as far as is known, and the kinds of which nothing is known."""
         seconds, unknown = 0.0, []
-        for kind, count in self.planned.items():
+        for kind, count in self._counts().items():
             running = [stage for stage in list(self.under_way.values()) if stage.kind == kind]
-            stages = count - len(self.finished[kind]) - sum(stage.share for stage in running)
+            waiting = count - len(self.finished[kind])
+            stages = waiting - sum(stage.share for stage in running)
             expected = self._expected(kind, running)
             if stages <= 0:
                 continue
             if expected is None:
                 unknown.append(kind)
             else:
-                seconds += stages * expected / (self.abreast if kind in SHARING else 1)
+                abreast = min(self.abreast, waiting) if kind in SHARING else 1
+                seconds += stages * expected / abreast
         return seconds, unknown
 
     def _expected(self, kind: str, running: Sequence[UnderWay]) -> float | None:
@@ -158,17 +178,16 @@ def _planned(experiment: Experiment) -> dict[str, int]:
 
 def _sweep_before(name: str) -> dict[str, list[float]]:
     """Seconds of the stages behind the newest sweep of an experiment, by kind."""
-    try:
-        rows = rows_of(folder_of(name))
-    except UserError:
-        return {}
     found = defaultdict(list)
-    for key in {key for row in rows for key in row["stages"].values()}:
-        path = project.stages_folder() / key / MANIFEST
-        if path.exists():
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            kind = TEACHER if manifest["label"].startswith(TEACHER) else manifest["stage"]
-            found[kind].append(manifest["seconds"])
+    # What is not there, or is damaged, teaches nothing; the cache looks after it.
+    with suppress(UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        rows = rows_of(folder_of(name))
+        for key in {key for row in rows for key in row["stages"].values()}:
+            path = project.stages_folder() / key / MANIFEST
+            if path.exists():
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                kind = TEACHER if manifest["label"].startswith(TEACHER) else manifest["stage"]
+                found[kind].append(float(manifest["seconds"]))
     return dict(found)
 
 

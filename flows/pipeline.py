@@ -195,6 +195,7 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     finally:
         # Before the task runner waits for its threads, which wait for their processes.
         children.stop()
+        display.end(display.SWEEP)
 
 
 def _persistently(context: Context) -> Frontier:
@@ -213,6 +214,7 @@ def _persistently(context: Context) -> Frontier:
 
 
 def _sweep(context: Context) -> Frontier:
+    context.forecast.restart()
     samples = _result(data.submit(context))
     seeds = [replace(context, seed=seed) for seed in context.experiment.training_seeds]
     # These have the whole machine in turn; the cuts and controls of all seeds then share it.
@@ -327,6 +329,8 @@ def _shipped(experiment: Experiment, trained: list[Networks]) -> list[Networks]:
     rounded = [_rounded(rounding, *networks) for networks in exported]
     fell_short = _fell_short(rounding, rounded)
     chosen = [(seed, [n for n in networks if n.point in fell_short]) for seed, networks in trained]
+    more = len(fell_short) * len(trained)
+    trained[0][0].forecast.add({"qat": more, "export": more, "int8": more, "measure": 2 * more})
     again = [_trained_for_8_bits(rounding, *networks) for networks in chosen]
     again = [_exported(settings, *networks) for networks in again]
     again = [_rounded(rounding, *networks) for networks in again]

@@ -42,20 +42,25 @@ def reports_folder() -> Path:
     return home() / "reports"
 
 
+def mlflow_store() -> Path:
+    """MLflow's store, where the user has named no other."""
+    return home() / "mlflow" / "mlflow.db"
+
+
 def configure_environment() -> None:
     """Point Prefect and MLflow at the state folder. What the user has set already wins.
 
     Both read the environment when they are imported, so this comes first.
     """
     root = home()
-    (root / "mlflow").mkdir(parents=True, exist_ok=True)
+    mlflow_store().parent.mkdir(parents=True, exist_ok=True)
     defaults = {
         "PREFECT_HOME": str(root / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         # Records go to the Prefect UI; the terminal belongs to our own progress lines.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow' / 'mlflow.db'}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{mlflow_store()}",
         # Stages never wait for MLflow: what could not be logged is logged later.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",

@@ -91,6 +91,7 @@ def find_or_compute(
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
     context.forecast.finish(stage, manifest.seconds)
+    display.show_sweep(*context.forecast.stages, context.forecast.sentence())
     if cached:
         display.say(f"{stage.label}: cached")
     else:

@@ -61,10 +61,13 @@ def serving(mlflow_port: int, prefect_port: int) -> Iterator[Servers]:
     Raises:
         UserError: A port that is taken, or a server that does not start.
     """
+    from flows.tracking import create_store  # Importing MLflow takes seconds.
+
     servers = Servers(f"http://{HOST}:{mlflow_port}", f"http://{HOST}:{prefect_port}")
     for name, port in (("MLflow", mlflow_port), ("Prefect", prefect_port)):
         if not port_is_free(port):
             raise UserError(f"port {port} is taken; choose another with --{name.lower()}-port")
+    create_store()
     with contextlib.ExitStack() as started:
         logs = project.home() / "logs"
         logs.mkdir(parents=True, exist_ok=True)

@@ -286,6 +286,7 @@ class Tracker:
         self, name: str, key: str, points: list[dict[str, Any]], params: dict[str, Any], files: Path
     ) -> str:
         self._finish_all()
+        save_views(self._client, self._client.get_experiment(str(self.experiment_id)))
         with single_flight(_record(key)):
             found = self._find("tags.kind = 'sweep' and tags.sweep_key", key)
             if found is None:
@@ -300,7 +301,6 @@ class Tracker:
                 point["point"]: self._point(sweep_id, key, point, there.get(point["point"]))
                 for point in points
             }
-            save_views(self._client, self._client.get_experiment(str(self.experiment_id)))
             description = f"{self._charts()}\n\n{self._links('Points of this sweep', runs)}"
             self._client.set_tag(sweep_id, NOTE, description)
             self._client.log_dict(sweep_id, params, "experiment.json")
@@ -361,15 +361,15 @@ def _record(key: str) -> str:
 
 
 def create_store() -> None:
-    """Make a store in SQLite whole or not at all; one that is there is left alone.
+    """Make the project's own store whole or not at all; one that is there is left alone.
 
     MLflow makes its tables in many steps, and cannot go on with those that a killed process left.
+    A store that the user has named is left to MLflow.
     """
-    store = mlflow.get_tracking_uri()
-    path = Path(store.removeprefix(SQLITE))
+    path = project.mlflow_store()
     unfinished = path.with_name(f"{path.name}.unfinished")
     with single_flight(STORE):
-        if not store.startswith(SQLITE) or path.exists():
+        if mlflow.get_tracking_uri() != f"{SQLITE}{path}" or path.exists():
             return
         for left in path.parent.glob(f"{unfinished.name}*"):
             left.unlink()
@@ -408,6 +408,7 @@ def download(uri: str) -> Path:
     Raises:
         CheckpointError: MLflow has no such artifact, or cannot be reached.
     """
+    create_store()
     try:
         return Path(mlflow.artifacts.download_artifacts(uri))
     except (MlflowException, OSError) as error:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from crnn.checkpoint import Checkpoint, load_checkpoint, reader_of
 from crnn.data.batches import Batch, Lines, evaluation_batches, normalise
@@ -49,27 +48,23 @@ def export(work: Work) -> Outcome:
 
 
 def _write_program(work: Work, checkpoint: Checkpoint, settings: ExportSettings) -> None:
-    """Write torch.export's file too, and hold it against the network."""
-    export_program(work.out / PT2, checkpoint, settings)
+    """Write torch.export's file too, and hold all that it gives against the network."""
+    export_program(work.out / PT2, checkpoint, settings, _provenance(work))
     program = torch.export.load(work.out / PT2).module(check_guards=False)
     shipped = Shipped(checkpoint.model, settings).eval()
     for batch in evaluation_batches(work.lines("val").sample(PROGRAM_LINES)):
         images = batch.images
         given = images.permute(0, 2, 3, 1) if settings.normalise else normalise(images)
         with torch.no_grad():
-            best, expected = (_best(network(given)) for network in (program, shipped))
-        difference = float((best - expected).abs().max())
-        if difference > TOLERANCE:
+            found, expected = program(given), shipped(given)
+        try:
+            torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+        except AssertionError as error:
+            reason = " ".join(str(error).split())
             raise CheckpointError(
-                "torch.export's file does not read as the network it was made of: probabilities"
-                f" differ by {difference:.2g} ({TOLERANCE:g} is allowed); leave it out with"
-                " export.pt2=false"
-            )
-
-
-def _best(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Largest probability of each frame, (N, T), of what a shipped network gives."""
-    return output[1] if isinstance(output, tuple) else output.max(2).values
+                "torch.export's file does not compute what the network does it was made of"
+                f" ({reason}); leave it out with export.pt2=false"
+            ) from error
 
 
 def judge(work: Work) -> Outcome:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ def test_a_program_of_torch_computes_the_same_at_any_width_and_batch(
     width = 0.05 if backbone == "vgg13" else 1.0
     model = random_recogniser(width=width, backbone=backbone).float().eval()
     checkpoint = Checkpoint(model, Charset("0123456789"), 160, "finetune")
-    export_program(tmp_path / "model.pt2", checkpoint, chosen)
+    export_program(tmp_path / "model.pt2", checkpoint, chosen, {"ratio": 0.62})
+    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
+        names = {Path(name).name: name for name in archive.namelist()}
+        metadata = json.loads(archive.read(names["crnn-slim.json"]))
+    assert metadata["provenance"] == {"ratio": 0.62}
+    assert metadata["charset"] == "0123456789"
     program = torch.export.load(tmp_path / "model.pt2").module(check_guards=False)
     shipped = Shipped(model, chosen).eval()
     for lines, pixels in ((1, 48), (3, 160)):

@@ -12,7 +12,7 @@ from flows import forecast
 from flows.cache import Stage
 from flows.experiment import load_experiment
 from flows.forecast import Forecast, duration, forecast_of
-from tests.flows.conftest import Project, new_project
+from tests.flows.conftest import Project, copy_of, new_project
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -48,6 +48,36 @@ def test_time_left_is_learned_from_what_has_finished(monkeypatch: pytest.MonkeyP
     for ratio in (0.67, 0.72, 0.77):
         sweep.finish(stage("finetune", f"finetune {ratio}"), 100)
     assert sweep.sentence() == "6 of 6 stages"
+    sweep.add({"qat": 1, "finetune": 1})
+    assert sweep.left() == (pytest.approx(100), ["qat"]), "the last one has no other beside it"
+    assert sweep.stages == (6, 8)
+    sweep.restart()
+    assert sweep.stages == (0, 6), "tried again, it finds what has finished in the cache"
+
+
+def test_the_data_stage_begins_anew_with_each_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(forecast.time, "monotonic", lambda: now[0])
+    sweep = Forecast({"data": 1}, 1, {})
+    sweep.step(stage("data"), step(1, 100))
+    now[0] = 60
+    sweep.step(stage("data"), step(100, 100))
+    sweep.step(stage("data"), step(1, 10))
+    now[0] = 61
+    sweep.step(stage("data"), step(6, 10))
+    assert sweep.left() == (pytest.approx(0.8), [])
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"seconds": 1}', "\xff"])
+def test_a_damaged_stage_teaches_nothing(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    for name in ("stages/*/manifest.json", "reports/tiny/*/frontier.json"):
+        for path in project.home.glob(name):
+            path.write_text(damage, encoding="latin-1")
+        assert forecast_of(load_experiment(project.params), 1).before == {}
 
 
 def test_time_left_is_learned_from_the_sweep_before() -> None:
@@ -94,7 +124,8 @@ def test_the_plan_has_teachers_targets_controls_and_seeds(tmp_path: Path) -> Non
     }
 
 
-def test_prefect_shows_how_far_a_run_is(finished: Finished) -> None:
+def test_prefect_shows_how_far_a_run_is(finished: Finished, tmp_path: Path) -> None:
+    copy_of(finished, tmp_path / "copy").frontier()
     wanted = {"artifacts": {"key": {"any_": ["progress-tiny"]}}}
     request = urllib.request.Request(
         f"{os.environ['PREFECT_API_URL']}/artifacts/filter",
