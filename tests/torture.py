@@ -276,10 +276,12 @@ def artifact_faults(folder: Path, reference: Project, chance: random.Random) -> 
         outcome.check(len(kept) == 1, f"{stage.name} was not set aside")
     del os.environ["CRNN_SLIM_HOME"]
     whole = new_project(folder / "whole", **EXPERIMENT)
-    for label in ("sparse", "finetune 0.6"):
+    for label in ("baseline", "sparse", "finetune 0.6"):
         shutil.copytree(reference.home, whole.home, dirs_exist_ok=True)
-        key = whole.manifests()[label]["key"]
-        damage(whole.home / "stages" / key / "model.safetensors", chance)
+        stage = whole.home / "stages" / whole.manifests()[label]["key"]
+        victims = [chance.choice([p for p in sorted(stage.rglob("*")) if p.is_file()])]
+        for victim in (*victims, *whole.home.glob("reports/*/*/frontier.json")):
+            damage(victim, chance)
         finish(whole, reference, outcome)
     return outcome
 
