@@ -24,7 +24,7 @@ from crnn.errors import CheckpointError, TrackingError
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MANIFEST, SNAPSHOTS, Manifest, Stage
 from flows.locks import is_free, single_flight
-from flows.views import FRONTIER, TRAINING, page_of_view, save_views
+from flows.views import FRONTIER, TRAINING, page_of_view, view_tags
 
 RETRY_SECONDS = 30
 """MLflow that could not be reached is left alone this long."""
@@ -286,7 +286,7 @@ class Tracker:
         self, name: str, key: str, points: list[dict[str, Any]], params: dict[str, Any], files: Path
     ) -> str:
         self._finish_all()
-        save_views(self._client, self._client.get_experiment(str(self.experiment_id)))
+        self._save_views()
         with single_flight(_record(key)):
             found = self._find("tags.kind = 'sweep' and tags.sweep_key", key)
             if found is None:
@@ -307,6 +307,13 @@ class Tracker:
             self._client.log_artifacts(sweep_id, str(files))
             self._client.set_terminated(sweep_id, "FINISHED")
         return sweep_id
+
+    def _save_views(self) -> None:
+        """Give the experiment the views that it has not yet; people change those it has."""
+        experiment = self._client.get_experiment(str(self.experiment_id))
+        for tag, view in view_tags().items():
+            if tag not in experiment.tags:
+                self._client.set_experiment_tag(experiment.experiment_id, tag, view)
 
     def _charts(self) -> str:
         """A description that leads to the charts of the experiment, Markdown."""

@@ -1,7 +1,7 @@
 """Saved views of MLflow's page of an experiment: which runs, columns and charts are seen first.
 
 MLflow keeps a view in a tag of the experiment, in the format of its own "Save view" (3.16 and
-newer, which list the views in a menu). A view that is there is left alone: people change them.
+newer, which list the views in a menu).
 """
 
 import base64
@@ -10,9 +10,6 @@ import time
 import zlib
 from collections.abc import Sequence
 from typing import Any
-
-from mlflow.entities import Experiment
-from mlflow.tracking import MlflowClient
 
 TAG = "mlflow.sharedViewState."
 FRONTIER, TRAINING = "frontier", "training"
@@ -26,14 +23,15 @@ CURVES = ("val/word_accuracy", "train/loss", "gamma/share_zero", "gamma/q50")
 SHARED = {"deleted": False, "isGenerated": False, "runsCountToCompare": 100}
 
 
-def save_views(client: MlflowClient, experiment: Experiment) -> None:
-    """Give an experiment the views that it has not yet."""
+def view_tags() -> dict[str, str]:
+    """The views, each as the tag of an experiment in which MLflow keeps it."""
     now = int(1000 * time.time())
+    tags = {}
     for name, (title, state) in _views().items():
-        if f"{TAG}{name}" not in experiment.tags:
-            packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-            view = {"name": title, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
-            client.set_experiment_tag(experiment.experiment_id, f"{TAG}{name}", json.dumps(view))
+        packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+        view = {"name": title, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
+        tags[f"{TAG}{name}"] = json.dumps(view)
+    return tags
 
 
 def page_of_view(experiment_id: str, name: str) -> str:

@@ -269,14 +269,15 @@ def test_prefect_shows_stages_by_name_and_cached_where_cached(
     result = subprocess.run(
         [project.command()[0], "-c", code], capture_output=True, check=True, **project.options()
     )
-    states, tables = (json.loads(line) for line in result.stdout.splitlines()[-2:])
+    states, artifacts = (json.loads(line) for line in result.stdout.splitlines()[-2:])
     assert set(states) == set(project.manifests())
     assert {label for label, state in states.items() if state == "Completed"} == {
         "measure baseline"
     }
     assert set(states.values()) == {"Completed", "Cached"}
-    ((key, kind, description),) = tables
-    assert (key, kind) == ("frontier-shown", "table")
+    shown = {(key, kind): description for key, kind, description in artifacts}
+    assert shown["progress-shown", "progress"] == "10 of 10 stages"
+    description = shown["frontier-shown", "table"]
     assert "[sparse 0.3](http://127.0.0.1:5000/#/experiments/" in description
 
 
