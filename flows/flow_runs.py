@@ -1,6 +1,7 @@
 """What Prefect and a running pipeline tell each other: cancels, progress, deaths."""
 
 import contextvars
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,10 @@ from flows.forecast import Forecast
 from flows.locks import is_free, single_flight
 
 WATCH_SECONDS = 2
-"""How often Prefect is asked whether the run was cancelled there, and is told of its progress."""
+"""How often Prefect is asked whether the run was cancelled there."""
+
+SHOW_EVERY = 5
+"""Questions of that kind before it is told of the progress once."""
 
 
 @contextmanager
@@ -70,12 +74,15 @@ def _mark_dead_runs(client: SyncPrefectClient) -> None:
 def _watch(run_id: UUID, progress: "_Progress", done: threading.Event) -> None:
     """Show progress, and stop the children when the run is cancelled: Prefect cannot do that."""
     with get_client(sync_client=True) as client:
-        while not done.wait(WATCH_SECONDS):
+        for asked in itertools.count(1):
+            if done.wait(WATCH_SECONDS):
+                return
             with suppress(Exception):  # A server that is away cancels nothing.
                 state = client.read_flow_run(run_id).state
                 if state and (state.is_cancelling() or state.is_cancelled()):
                     children.stop()
-            progress.show()
+            if asked % SHOW_EVERY == 0:
+                progress.show()
 
 
 class _Progress:
