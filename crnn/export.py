@@ -83,10 +83,8 @@ def export_onnx(
             dynamo=False,
         )
         network = onnx.load_model(Path(folder) / "network.onnx")
-    # A charset of thousands of characters is half as long without escapes.
     made_by = {"format": FORMAT, "exporter": "torch.onnx, TorchScript", "opset": OPSET}
-    metadata = {**_metadata(checkpoint, provenance), **made_by}
-    content = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
+    content = _metadata(checkpoint, provenance, made_by)
     for key, value in (
         (METADATA, content),
         (DIGEST, hashlib.sha256(content.encode()).hexdigest()),
@@ -113,8 +111,7 @@ def export_program(
     lines, sixteens = Dim("N", min=1, max=4096), Dim("W16", min=2, max=1024)
     shape = {0: lines, (2 if settings.normalise else 3): 16 * sixteens}
     made_by = {"format": PROGRAM_FORMAT, "exporter": f"torch.export {torch.__version__}"}
-    metadata = {**_metadata(checkpoint, provenance), **made_by}
-    content = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
+    content = _metadata(checkpoint, provenance, made_by)
     buffer = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # That an LSTM keeps a list of its weights.
         program = torch.export.export(shipped, (example(settings),), dynamic_shapes=(shape,))
@@ -130,11 +127,15 @@ def example(settings: ExportSettings) -> Tensor:
     return torch.zeros(2, 3, HEIGHT, 64)
 
 
-def _metadata(checkpoint: Checkpoint, provenance: dict[str, Any]) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, provenance: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """What a file says of itself, JSON."""
     stride = checkpoint.model.stride
-    return {
+    content = {
         "charset": checkpoint.charset.characters,
         "classes": checkpoint.model.classes,
         "geometry": {"height": HEIGHT, "max_width": checkpoint.max_width, "stride": stride},
         "provenance": provenance,
+        **made_by,
     }
+    # A charset of thousands of characters is half as long without escapes.
+    return json.dumps(content, sort_keys=True, ensure_ascii=False)

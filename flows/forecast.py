@@ -75,14 +75,14 @@ class Forecast:
             share = event["step"] / event["steps"]
             seen = self.under_way.get(stage.label)
             if seen is None or share < seen.share:  # The data stage begins anew with each split.
-                seen = UnderWay(_kind(stage), time.monotonic(), share)
+                seen = UnderWay(_kind(stage.name, stage.label), time.monotonic(), share)
                 self.under_way[stage.label] = seen
             seen.share, seen.phase = share, event["phase"]
 
     def finish(self, stage: Stage, seconds: float) -> None:
         """Note that a stage has finished."""
         self.under_way.pop(stage.label, None)
-        self.finished[_kind(stage)].append(seconds)
+        self.finished[_kind(stage.name, stage.label)].append(seconds)
 
     def interrupt(self, stage: Stage) -> None:
         """Note that a stage has ended without a result."""
@@ -186,14 +186,14 @@ def _sweep_before(name: str) -> dict[str, list[float]]:
             path = project.stages_folder() / key / MANIFEST
             if path.exists():
                 manifest = json.loads(path.read_text(encoding="utf-8"))
-                kind = TEACHER if manifest["label"].startswith(TEACHER) else manifest["stage"]
+                kind = _kind(manifest["stage"], manifest["label"])
                 found[kind].append(float(manifest["seconds"]))
     return dict(found)
 
 
-def _kind(stage: Stage) -> str:
+def _kind(name: str, label: str) -> str:
     """A teacher's stage is a baseline's, but takes a time of its own."""
-    return TEACHER if stage.label.startswith(TEACHER) else stage.name
+    return TEACHER if label.startswith(TEACHER) else name
 
 
 def duration(seconds: float) -> str:

@@ -279,8 +279,8 @@ def artifact_faults(folder: Path, reference: Project, chance: random.Random) -> 
     for label in ("baseline", "sparse", "finetune 0.6"):
         shutil.copytree(reference.home, whole.home, dirs_exist_ok=True)
         stage = whole.home / "stages" / whole.manifests()[label]["key"]
-        victims = [chance.choice([p for p in sorted(stage.rglob("*")) if p.is_file()])]
-        for victim in (*victims, *whole.home.glob("reports/*/*/frontier.json")):
+        chosen = chance.choice([p for p in sorted(stage.rglob("*")) if p.is_file()])
+        for victim in (chosen, *whole.home.glob("reports/*/*/frontier.json")):
             damage(victim, chance)
         finish(whole, reference, outcome)
     return outcome
