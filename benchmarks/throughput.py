@@ -71,6 +71,7 @@ def random_batch() -> Batch:
         labels=[""] * LINES,
         names=[""] * LINES,
         indices=list(range(LINES)),
+        size=LINES,
     )
 
 

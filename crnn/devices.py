@@ -1,13 +1,16 @@
 """The device to compute on, and the fast way to use it."""
 
+import os
 from contextlib import AbstractContextManager
 
 import torch
 
 
 def best_device() -> torch.device:
-    """A CUDA device where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A CUDA device where there is one, else the CPU; of several the one the launcher gave us."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from crnn.charset import Charset
 from crnn.data.batches import Batch, Lines, evaluation_batches, normalise
+from crnn.distributed import in_turn, processes, rank
 from crnn.metrics import ned, wilson_interval, word_accuracy
 from crnn.networks.recogniser import Recogniser
 
@@ -78,5 +80,8 @@ def score(readings: list[Reading], unseen: set[int]) -> dict[str, float]:
 
 
 def evaluate(model: Recogniser, lines: Lines, unseen: set[int]) -> dict[str, float]:
-    """Score a network on every line; unseen as for score."""
-    return score(read(model, evaluation_batches(lines), lines.charset), unseen)
+    """Score a network on every line, a part in each process; unseen as for score."""
+    part = slice(rank(), None, processes())
+    batches = evaluation_batches(lines, part=part)
+    readings = in_turn([read(model, [batch], lines.charset) for batch in batches])
+    return score(list(chain.from_iterable(readings)), unseen)

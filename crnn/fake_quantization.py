@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crnn.distributed import maximum
 from crnn.networks.recogniser import Recogniser
 
 LARGEST_WEIGHT, LARGEST_INPUT = 127, 255
@@ -33,7 +34,8 @@ def round_input(given: Tensor) -> Tensor:
     """An input on the grid of uint8 between its smallest value and its largest, 0 among them."""
     given = given.float()
     low, high = given.detach().aminmax()
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    high, minus_low = maximum(torch.stack([high, -low])).clamp(min=0)
+    low = -minus_low
     scale = ((high - low) / LARGEST_INPUT).clamp(min=SMALLEST_SCALE)
     zero = (-low / scale).round().to(torch.int32)
     return torch.fake_quantize_per_tensor_affine(given, scale, zero, 0, LARGEST_INPUT)

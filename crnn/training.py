@@ -18,6 +18,7 @@ from crnn.data.batches import (
     training_batches,
 )
 from crnn.devices import autocast
+from crnn.distributed import mean, together, weight
 from crnn.errors import NonFiniteLossError
 from crnn.evaluation import frame_lengths
 from crnn.networks.recogniser import Recogniser
@@ -59,7 +60,8 @@ class Teacher:
         divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(2)
         lengths = frame_lengths(widths, self.model.stride).to(logits.device)
         own = torch.arange(len(logits), device=logits.device)[:, None] < lengths
-        return self.weight * self.TEMPERATURE**2 * divergence[own].mean()
+        share = weight(int(lengths.sum()), logits.device)
+        return self.weight * self.TEMPERATURE**2 * share * divergence[own].mean()
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Run:
         epoch: Number of epochs done.
         memory: Tensors that a penalty keeps from step to step, by name.
         teacher: Of the network, or None; no part of the checkpoint.
+        network: The model as all processes train it together, while they do.
     """
 
     model: Recogniser
@@ -81,6 +84,7 @@ class Run:
     epoch: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     teacher: Teacher | None = None
+    network: nn.Module | None = None
 
 
 class Penalty:
@@ -158,21 +162,22 @@ def fit(
     """
     run.model.to(memory_format=torch.channels_last)
     penalty = penalty or Penalty()
-    while run.epoch < settings.epochs:
-        begun = time.perf_counter()
-        batches = training_batches(lines, settings, run.seed, run.epoch)
-        loss = _epoch(run, batches, settings, penalty, on_step)
-        run.epoch += 1
-        seconds = time.perf_counter() - begun
-        if on_epoch:
-            on_epoch(
-                {
-                    "train/loss": loss,
-                    "train/learning_rate": run.optimizer.param_groups[0]["lr"],
-                    "train/lines_per_second": len(lines) / seconds,
-                    "train/seconds": seconds,
-                }
-            )
+    with together(run.model) as run.network:
+        while run.epoch < settings.epochs:
+            begun = time.perf_counter()
+            batches = training_batches(lines, settings, run.seed, run.epoch)
+            loss = _epoch(run, batches, settings, penalty, on_step)
+            run.epoch += 1
+            seconds = time.perf_counter() - begun
+            if on_epoch:
+                on_epoch(
+                    {
+                        "train/loss": loss,
+                        "train/learning_rate": run.optimizer.param_groups[0]["lr"],
+                        "train/lines_per_second": len(lines) / seconds,
+                        "train/seconds": seconds,
+                    }
+                )
 
 
 def _epoch(
@@ -190,8 +195,8 @@ def _epoch(
         value = train_step(run, batch, progress, settings, penalty)
         if not math.isfinite(value):
             raise _non_finite(value, run.epoch, step, batch)
-        total += value * len(batch.names)
-        lines += len(batch.names)
+        total += value * batch.size
+        lines += batch.size
         if on_step:
             on_step(step + 1, steps, value)
     return total / lines
@@ -212,11 +217,11 @@ def train_step(
     device = run.model.device
     images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
     with autocast(device, settings.precision):
-        logits = run.model(images)
-    loss = ctc_loss(logits, batch, run.model.stride)
+        logits = (run.network or run.model)(images)
+    loss = ctc_loss(logits, batch, run.model.stride) * weight(len(batch.names), device)
     if run.teacher:
         loss = loss + run.teacher.loss(images, logits, batch.widths, settings.precision)
-    value = float(loss.detach())
+    value = float(mean(loss))
     if not math.isfinite(value):
         return value
     rate = learning_rate_at(progress, settings)

@@ -36,6 +36,9 @@ TEACHER = "teacher"
 SHARING = ("prune", "finetune", "scratch", "small", "export", "int8", "qat")
 """Stages that run side by side; each of the others has all cores to itself."""
 
+TRAINING = ("baseline", "sparse", "finetune", "scratch", "small", "qat")
+"""Stages that can train on several processes."""
+
 VERSIONS = {
     "data": 1,
     "baseline": 1,

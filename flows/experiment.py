@@ -45,12 +45,16 @@ Ratios = Annotated[tuple[Ratio, ...], AfterValidator(_sorted_basis_points)]
 class ExecutionSettings(Settings):
     """How to use the machine. Nothing here changes a result beyond rounding, or a cache key.
 
+    Each training is spread over so many processes, each with a share of every batch; on a machine
+    with GPUs, one for each of them.
+
     A run that fails, and not by a mistake in its settings or data, is tried again so often, first
     after retry_seconds, then after twice as long, and so on.
     """
 
     parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
     retries: Annotated[int, Field(ge=0, le=10)] = 0
     retry_seconds: Annotated[float, Field(gt=0)] = 60
 

@@ -128,6 +128,7 @@ def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
 
 def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:
     """All a stage's process is told: settings, upstream files, and how to use the machine."""
+    processes = experiment.execution.processes if stage.name in definitions.TRAINING else 1
     return {
         "stage": stage.name,
         "label": stage.label,
@@ -143,7 +144,8 @@ def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[
             for name, m in stage.inputs.items()
         },
         "folder": str(folder),
-        "cpus": cpus,
+        "cpus": max(1, cpus // processes),
+        "processes": processes,
         "loader_workers": experiment.execution.loader_workers,
         "parent": os.getpid(),
     }

@@ -1,12 +1,14 @@
 """The process that computes one stage: `python -m flows.worker JOB.json`, started by children.py.
 
 Progress goes to standard output as one JSON object a line; everything a library prints goes to
-standard error.
+standard error. Where a stage is to train on several processes, this one launches them, with the
+same command, and starts all of them again where one dies; the first of them reports and writes.
 """
 
 import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,16 +19,33 @@ from typing import Any, TextIO
 from crnn.errors import UserError
 from flows.children import TICK_SECONDS, end_with_parent
 
+Emit = Callable[[dict[str, Any]], None]
+
+RANK = "RANK"
+"""Variable in which torch's launcher gives a process its number."""
+
+RESTARTS = 3
+"""How often a group of processes is started again after one has died."""
+
 
 def main() -> None:
     """Compute the stage of the job file and report its outcome."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    end_with_parent(job["parent"])
-    os.register_at_fork(after_in_child=_die_with_stage)
+    launched = RANK in os.environ
+    if launched:
+        _die_with_parent()
+    end_with_parent(os.getppid() if launched else job["parent"])
+    if job["processes"] > 1 and not launched:
+        _launch(job)
+        return
+    os.register_at_fork(after_in_child=_die_with_parent)
     emit = _emitter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)
     try:
-        emit({"event": "done", **_compute(job, emit)})
+        if launched:
+            _compute_together(job, emit)
+        else:
+            emit({"event": "done", **_compute(job, emit, Path(job["folder"]))})
     except UserError as error:
         emit({"event": "refused", "kind": type(error).__name__, "message": str(error)})
     except OSError as error:
@@ -38,7 +57,55 @@ def main() -> None:
         raise
 
 
-def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _launch(job: dict[str, Any]) -> None:
+    """Run the stage on several processes, by torch's elastic launcher.
+
+    One that dies takes the others with it, and all start again from the last finished epoch.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job["cpus"])
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job["processes"],
+        run_id=Path(job["folder"]).name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=RESTARTS,
+    )
+    elastic_launch(config, sys.executable)("-P", "-m", "flows.worker", sys.argv[1])
+
+
+def _compute_together(job: dict[str, Any], emit: Emit) -> None:
+    """Run the stage as one of several processes."""
+    from crnn import distributed
+
+    number = int(os.environ[RANK])
+    folder = Path(job["folder"])
+    if number:
+        folder = _own_folder(folder, number)  # Before the first process may write: it waits below.
+    with distributed.group():
+        outcome = _compute(job, _silent if number else emit, folder)
+    if number == 0:
+        emit({"event": "done", **outcome})
+
+
+def _own_folder(folder: Path, number: int) -> Path:
+    """Where a process that is not the first one writes: what the first one has, to go on from."""
+    own = folder / f"{RANK.lower()}-{number}"
+    shutil.rmtree(own, ignore_errors=True)
+    leave = shutil.ignore_patterns(f"{RANK.lower()}-*", "snapshots")
+    shutil.copytree(folder, own, ignore=leave)
+    return own
+
+
+def _silent(event: dict[str, Any]) -> None:
+    """Send nothing."""
+
+
+def _compute(job: dict[str, Any], emit: Emit, folder: Path) -> dict[str, Any]:
     """Run the stage that the job names, in its work folder."""
     from flows.stages.controls import scratch, small
     from flows.stages.cutting import measure, prune
@@ -65,7 +132,6 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
         "qat": qat,
         "measure": measure,
     }
-    folder = Path(job["folder"])
     work = Work(job, folder, folder / "out", emit)
     work.out.mkdir(exist_ok=True)
     for left_over in work.out.rglob(".*.tmp"):  # Of an attempt that was killed while it wrote.
@@ -74,7 +140,7 @@ def _compute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dic
     return run_timed(work, stages[job["stage"]], before)
 
 
-def _emitter(stream: TextIO) -> Callable[[dict[str, Any]], None]:
+def _emitter(stream: TextIO) -> Emit:
     """A function that sends an event; steps at most five times a second."""
     last = 0.0
 
@@ -89,8 +155,8 @@ def _emitter(stream: TextIO) -> Callable[[dict[str, Any]], None]:
     return emit
 
 
-def _die_with_stage() -> None:
-    """In a loader worker: end with the stage's process, at once where Linux allows it."""
+def _die_with_parent() -> None:
+    """In a process that the stage's own has started: end with it, at once where Linux allows it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,26 @@ from crnn.data.augment import augment
 from crnn.data.images import BUCKET, fit_line, pad_lines
 from crnn.data.render import generator
 from crnn.data.sources import Source
+from crnn.distributed import own_share
 from crnn.errors import DataError
 from crnn.settings import AugmentSettings, TrainSettings
 
 Sample = tuple[np.ndarray, str, int]
 """Pixels (32, w, 3), label, number in the source."""
+
+
+class Share(NamedTuple):
+    """What a process reads of a batch.
+
+    Attributes:
+        positions: Of its lines among all usable ones.
+        width: Of the batch's widest line, px.
+        size: Lines of the batch in all processes.
+    """
+
+    positions: np.ndarray
+    width: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class Batch:
         labels: The texts.
         names: What a person calls the samples.
         indices: Numbers of the samples in their source.
+        size: Lines of the batch in all processes, N where there is one.
     """
 
     images: Tensor
@@ -42,6 +58,7 @@ class Batch:
     labels: list[str]
     names: list[str]
     indices: list[int]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -78,53 +95,58 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def pad(lines: Sequence[np.ndarray]) -> Tensor:
+def pad(lines: Sequence[np.ndarray], width: int = 0) -> Tensor:
     """Lines (32, w_i, 3) to images (N, 3, 32, W), W the next multiple of 16, padded on the right.
+
+    W is that of a line of `width` px where all lines are narrower.
 
     The width a line is padded to depends on batch mates of a wider bucket alone, and evaluation
     never mixes buckets, so a line reads the same in any batch.
     """
-    return torch.from_numpy(pad_lines(lines)).permute(0, 3, 1, 2)
+    return torch.from_numpy(pad_lines(lines, width)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
-class _View(Dataset[Sample | DataError]):
-    """Lines as one epoch sees them."""
+class _View(Dataset[Batch | DataError]):
+    """Lines as one epoch sees them, a batch at a time."""
 
     lines: Lines
     change: AugmentSettings | None
     key: tuple[int, int]
 
-    def __getitem__(self, position: int) -> Sample | DataError:
-        """The sample; or why it cannot be read, for the process that trains to raise."""
-        index = int(self.lines.indices[position])
+    def __getitem__(self, share: Share) -> Batch | DataError:
+        """The lines; or why they cannot be read, for the process that trains to raise."""
         try:
-            return self._read(index)
+            samples = [self._read(int(self.lines.indices[p])) for p in share.positions]
         except DataError as error:
-            name = self.lines.source.name(index)
-            return DataError(f"sample {name}, which could be read before, cannot be now: {error}")
+            return error
+        return self._collated(samples, share)
 
     def _read(self, index: int) -> Sample:
         lines = self.lines
-        image = fit_line(lines.source.image(index), lines.max_width)
+        try:
+            image = fit_line(lines.source.image(index), lines.max_width)
+        except DataError as error:
+            name = lines.source.name(index)
+            raise DataError(
+                f"sample {name}, which could be read before, cannot be now: {error}"
+            ) from error
         if self.change is not None:
             image = augment(image, self.change, generator(*self.key, index))
         return np.asarray(image), lines.source.label(index), index
 
-    def collate(self, samples: list[Sample | DataError]) -> Batch | DataError:
-        read = [sample for sample in samples if not isinstance(sample, DataError)]
-        if len(read) < len(samples):
-            return next(sample for sample in samples if isinstance(sample, DataError))
-        images, labels, indices = zip(*read, strict=True)
+    def _collated(self, samples: list[Sample], share: Share) -> Batch:
+        images, labels, indices = zip(*samples, strict=True)
         classes = [self.lines.charset.encode(label) for label in labels]
         return Batch(
-            images=pad(images),
+            images=pad(images, share.width),
             widths=torch.tensor([image.shape[1] for image in images]),
             targets=torch.tensor([c for label in classes for c in label]),
             target_lengths=torch.tensor([len(label) for label in classes]),
             labels=list(labels),
             names=[self.lines.source.name(index) for index in indices],
             indices=list(indices),
+            size=share.size,
         )
 
 
@@ -145,17 +167,29 @@ class Batches:
 
 
 def training_batches(lines: Lines, settings: TrainSettings, seed: int, epoch: int) -> Batches:
-    """Every line once, shuffled and augmented as (seed, epoch) say."""
-    view = _View(lines, settings.augment, (seed, epoch))
-    return _loader(view, _shuffled(lines.widths, settings.batch_size, generator(seed, epoch)))
+    """Every line once, shuffled and augmented as (seed, epoch) say; this process's share of it."""
+    batches = _shuffled(lines.widths, settings.batch_size, generator(seed, epoch))
+    shares = [Share(b[own_share(len(b))], _widest(lines, b), len(b)) for b in batches]
+    return _loader(_View(lines, settings.augment, (seed, epoch)), shares)
 
 
-def evaluation_batches(lines: Lines, batch_size: int = 64) -> Batches:
-    """Every line once, unchanged, in batches that never mix widths of two buckets."""
+def evaluation_batches(lines: Lines, batch_size: int = 64, part: slice = slice(None)) -> Batches:
+    """Every line once, unchanged, in batches that never mix widths of two buckets.
+
+    Args:
+        lines: What to read.
+        batch_size: Lines at once.
+        part: Which of the batches.
+    """
     order = np.argsort(lines.widths, kind="stable")
     buckets = np.split(order, np.flatnonzero(np.diff(_bucket(lines.widths[order]))) + 1)
     batches = [chunk for bucket in buckets for chunk in _chunks(bucket, batch_size)]
-    return _loader(_View(lines, None, (0, 0)), batches)
+    whole = [Share(batch, _widest(lines, batch), len(batch)) for batch in batches[part]]
+    return _loader(_View(lines, None, (0, 0)), whole)
+
+
+def _widest(lines: Lines, batch: np.ndarray) -> int:
+    return int(lines.widths[batch].max())
 
 
 def _bucket(widths: np.ndarray) -> np.ndarray:
@@ -181,13 +215,13 @@ def _shuffled(widths: np.ndarray, size: int, rng: np.random.Generator) -> list[n
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _loader(view: _View, batches: list[np.ndarray]) -> Batches:
-    workers = min(view.lines.workers, len(batches))
+def _loader(view: _View, shares: list[Share]) -> Batches:
+    workers = min(view.lines.workers, len(shares))
     loader = DataLoader(
         view,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_size=None,  # An item is a batch already.
+        sampler=shares,
         num_workers=workers,
-        collate_fn=view.collate,
         prefetch_factor=4 if workers else None,
     )
     return Batches(loader)

@@ -67,9 +67,12 @@ def fit_line(image: Image.Image, max_width: int) -> Image.Image:
     return image.resize((width, HEIGHT), Image.Resampling.BILINEAR)
 
 
-def pad_lines(lines: Sequence[np.ndarray]) -> np.ndarray:
-    """Lines (32, w_i, 3) to pixels (N, 32, W, 3), uint8, W the next multiple of BUCKET."""
-    width = -(-max(line.shape[1] for line in lines) // BUCKET) * BUCKET
+def pad_lines(lines: Sequence[np.ndarray], width: int = 0) -> np.ndarray:
+    """Lines (32, w_i, 3) to pixels (N, 32, W, 3), uint8, W the next multiple of BUCKET.
+
+    W is that of a line of `width` px where all lines are narrower.
+    """
+    width = -(-max(width, *(line.shape[1] for line in lines)) // BUCKET) * BUCKET
     pixels = np.full((len(lines), HEIGHT, width, 3), PADDING, dtype=np.uint8)
     for image, line in zip(pixels, lines, strict=True):
         image[:, : line.shape[1]] = line

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crnn.checkpoint import load_checkpoint
 from crnn.devices import best_device
+from crnn.distributed import rank
 from crnn.evaluation import evaluate
 from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
@@ -46,7 +47,7 @@ def sparse(work: Work) -> Outcome:
     given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
     model = fresh_model(work) if given is None else copy.deepcopy(given)
     refuse_impossible_cuts(work, model)
-    look = _snapshots(work) if settings.method == "auto" else None
+    look = _snapshots(work) if settings.method == "auto" and rank() == 0 else None
     teacher = teacher_of(work, settings.distill)
     run, metrics = train(work, model, settings, penalty_of(settings), look, teacher)
     _write_index(work, run)

@@ -11,6 +11,7 @@ import torch
 
 from crnn.checkpoint import load_checkpoint, load_run, save_run
 from crnn.devices import best_device
+from crnn.distributed import rank
 from crnn.errors import CheckpointError
 from crnn.evaluation import evaluate
 from crnn.files import write_atomic
@@ -149,6 +150,8 @@ def _run(work: Work, model: Recogniser, settings: TrainSettings) -> Run:
         try:
             return load_run(state, model, settings)
         except CheckpointError as error:
+            if rank():
+                raise  # It read a copy; the first process says so of the state itself.
             target = project.set_aside_folder() / f"{work.folder.name}-{time.time_ns()}"
             target.parent.mkdir(parents=True, exist_ok=True)
             work.folder.rename(target)

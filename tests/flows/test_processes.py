@@ -1,0 +1,102 @@
+"""Trainings on several real processes: the same training, whatever becomes of one of them."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.flows.conftest import Project, computed, new_project
+
+FLOAT = {
+    "baseline": {"epochs": 3, "batch_size": 15, "precision": "float32"},
+    "sparse": {"epochs": 6, "batch_size": 7, "target_ratio": 0.6, "precision": "float32"},
+    "finetune": {"epochs": 2, "batch_size": 16, "precision": "float32"},
+    "ratios": [0.6],
+}
+"""Changes: batches that two processes cannot halve, the last one of a single line."""
+
+TOGETHER = {**FLOAT, "execution": {"processes": 2}}
+
+
+def histories(project: Project) -> dict[str, list[dict[str, float]]]:
+    """Epochs of every training, by the label of its stage."""
+    found = {}
+    for label, manifest in project.manifests().items():
+        path = project.home / "stages" / manifest["key"] / "history.jsonl"
+        if path.exists():
+            found[label] = [json.loads(line) for line in path.read_text().splitlines()]
+    return found
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> tuple[Project, Project]:
+    """The same experiment on one process and on two."""
+    alone = computed(tmp_path_factory, "alone", **FLOAT)
+    return alone[0], computed(tmp_path_factory, "together", **TOGETHER)[0]
+
+
+def test_two_processes_train_as_one_does(both: tuple[Project, Project]) -> None:
+    alone, together = (histories(project) for project in both)
+    assert alone.keys() == together.keys()
+    for label, tolerance in (("baseline", 2e-4), ("sparse", 1e-2), ("finetune 0.6", 1e-2)):
+        losses = [[epoch["train/loss"] for epoch in run[label]] for run in (alone, together)]
+        assert losses[1] == pytest.approx(losses[0], rel=tolerance), label
+    first = [run["baseline"][0]["train/loss"] for run in (alone, together)]
+    assert first[1] == pytest.approx(first[0], rel=1e-5), "before rounding has grown"
+    zeros = [run["sparse"][-1]["gamma/share_zero"] for run in (alone, together)]
+    assert zeros[0] == zeros[1] >= 0.59
+    baselines = [project.manifests()["baseline"]["key"] for project in both]
+    assert baselines[0] == baselines[1], "the number of processes is in no key"
+
+
+def ranks(project: Project) -> list[int]:
+    """Processes that train its sparse stage together, in the order of their start."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes()
+        except OSError:
+            continue  # It has ended.
+        if f"{project.home}/work/sparse-".encode() in command and b"\0RANK=" in environment:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def begun(project: Project) -> subprocess.Popen[str]:
+    """The experiment on two processes, as soon as an epoch of its sparse stage is done."""
+    command = project.command("frontier", str(project.params))
+    running = subprocess.Popen(command, **project.options())
+    deadline = time.monotonic() + 120
+    while not list(project.home.glob("work/sparse-*/state.safetensors")):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return running
+
+
+def test_a_process_that_is_killed_costs_nothing(
+    both: tuple[Project, Project], tmp_path: Path
+) -> None:
+    project = new_project(tmp_path, **TOGETHER)
+    running = begun(project)
+    os.kill(ranks(project)[-1], signal.SIGKILL)
+    assert running.wait(120) == 0
+    found, expected = (p.manifests()["sparse"]["files"] for p in (project, both[1]))
+    assert found["model.safetensors"] == expected["model.safetensors"]
+    assert found["history.jsonl"] != expected["history.jsonl"], "seconds differ"
+
+
+def test_one_process_finishes_what_two_began(both: tuple[Project, Project], tmp_path: Path) -> None:
+    project = new_project(tmp_path, **TOGETHER)
+    running = begun(project)
+    running.terminate()
+    assert running.wait(60) != 0
+    assert ranks(project) == []
+    project.frontier("--set", "execution.processes=1")
+    losses = [[epoch["train/loss"] for epoch in histories(p)["sparse"]] for p in (project, both[1])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
