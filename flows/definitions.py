@@ -5,6 +5,7 @@ Used by the pipeline, which computes them, and by the preview, which only looks 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from crnn.settings import (
 from flows import display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
-from flows.rows import Variant
+from flows.rows import EXPORTED, TRAINED, Variant
 
 Upstream = dict[str, Manifest]
 """Finished stages by the name of what they are to the next one."""
@@ -52,7 +53,8 @@ VERSIONS = {
     "int8": 2,
     "qat": 1,
     "judge": 1,
-    "measure": 2,
+    "measure": 3,
+    "latency": 1,
 }
 """Raise a stage's number when a change of its code changes its result."""
 
@@ -284,8 +286,15 @@ def measure_stage(network: Variant) -> Stage:
     """Cost of a network, and of its file where there is one."""
     names = ["model", "export"] if network.exported else ["model"]
     inputs = _files(network, names)
-    settings = {"in_torch": False} if network.is_int8 else {}  # torch computes it in float.
-    return Stage("measure", f"measure {network.label}", settings, inputs, VERSIONS["measure"])
+    return Stage("measure", f"measure {network.label}", {}, inputs, VERSIONS["measure"])
+
+
+def latency_stage(experiment: Experiment, networks: Sequence[Variant], seed: int) -> Stage:
+    """All networks of a seed, timed side by side; seed is in the label alone."""
+    trained = {f"{TRAINED} {n.point}": n.model for n in networks if not n.is_int8}
+    exported = {f"{EXPORTED} {n.point}": n.exported for n in networks if n.exported}
+    label = f"latency{of_seed(experiment, seed)}"
+    return Stage("latency", label, {}, {**trained, **exported}, VERSIONS["latency"])
 
 
 def _files(network: Variant, names: list[str]) -> Upstream:

@@ -171,6 +171,7 @@ def _planned(experiment: Experiment) -> dict[str, int]:
         "export": networks if experiment.export else 0,
         "int8": rounded,
         "measure": networks + rounded,
+        "latency": 1,
     }
     seeds = len(experiment.training_seeds)
     return {"data": 1, **{kind: seeds * count for kind, count in of_seed.items() if count}}

@@ -28,7 +28,7 @@ from flows.forecast import forecast_of
 from flows.notice import notify
 from flows.page import details_of
 from flows.registry import Champion
-from flows.rows import Row, Variant, mean_of_seeds, row_of
+from flows.rows import INT8, QAT, Row, Variant, base_point, mean_of_seeds, row_of
 from flows.running import Context, find_or_compute, parallel_finetunes
 from flows.tracking import Tracker
 from flows.views import FRONTIER, page_of_view
@@ -38,9 +38,6 @@ UI = "http://127.0.0.1:5000"
 
 INTERRUPTED, TERMINATED = "Interrupted", "Terminated"
 """Names of the Cancelled state after Ctrl-C and after SIGTERM."""
-
-QAT, INT8 = " qat", " int8"
-"""Behind the names of points: trained on for 8 bits; in 8 bits."""
 
 Networks = tuple[Context, list[Variant]]
 """Those of one seed."""
@@ -154,8 +151,14 @@ def judge(context: Context, data: Manifest, exported: Manifest) -> Any:
 
 @task(cache_policy=NO_CACHE, task_run_name="measure {variant.label}")
 def measure(context: Context, variant: Variant) -> Any:
-    """Parameters, multiply-adds, bytes, latency."""
+    """Parameters, multiply-adds, bytes."""
     return run_stage(context, definitions.measure_stage(variant))
+
+
+@task(cache_policy=NO_CACHE, task_run_name="latency{context.of_seed}")
+def latency(context: Context, variants: list[Variant]) -> Any:
+    """Time all networks side by side."""
+    return run_stage(context, definitions.latency_stage(context.experiment, variants, context.seed))
 
 
 @flow(
@@ -225,7 +228,7 @@ def _sweep(context: Context) -> Frontier:
         for seed, points in started
     ]
     shipped = _shipped(context.experiment, trained)
-    # Latency needs a quiet machine: one network after another, when nothing trains any more.
+    # Latency needs a quiet machine: it is taken when nothing trains any more.
     measured = {seed.seed: _measured(seed, variants) for seed, variants in shipped}
     rows = _of_all_seeds(measured)
     folder, sweep_run = _publish(context, rows)
@@ -336,7 +339,7 @@ def _shipped(experiment: Experiment, trained: list[Networks]) -> list[Networks]:
     again = [_rounded(rounding, *networks) for networks in again]
     in_order = {network.point: place for place, network in enumerate(trained[0][1])}
     return [
-        (seed, sorted([*networks, *ints, *more], key=lambda n: in_order[_base_point(n)]))
+        (seed, sorted([*networks, *ints, *more], key=lambda n: in_order[base_point(n.point)]))
         for (seed, networks), (_, ints), (_, more) in zip(exported, rounded, again, strict=True)
     ]
 
@@ -344,16 +347,12 @@ def _shipped(experiment: Experiment, trained: list[Networks]) -> list[Networks]:
 def _fell_short(settings: QuantizeSettings, rounded: list[Networks]) -> set[str]:
     """Points for which some seed's network had to stay in float in part."""
     return {
-        _base_point(network)
+        base_point(network.point)
         for _, networks in rounded
         for network in networks
         if settings.epochs and network.exported
         if network.exported.metrics["quantize/layers_in_float"]
     }
-
-
-def _base_point(network: Variant) -> str:
-    return network.point.removesuffix(INT8).removesuffix(QAT)
 
 
 def _exported(settings: ExportSettings, context: Context, networks: list[Variant]) -> Networks:
@@ -382,7 +381,9 @@ def _trained_for_8_bits(
 
 def _measured(context: Context, networks: list[Variant]) -> list[Row]:
     """The rows of one seed."""
-    return [row_of(network, _result(measure.submit(context, network))) for network in networks]
+    costs = [_result(measure.submit(context, network)) for network in networks]
+    times = _result(latency.submit(context, networks))
+    return [row_of(network, cost, times) for network, cost in zip(networks, costs, strict=True)]
 
 
 def _of_all_seeds(measured: dict[int, list[Row]]) -> list[Row]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from crnn.files import write_atomic
 from flows.comparison import accuracy, comparisons
 from flows.listing import ROWS
-from flows.rows import ACCURACY, Row
+from flows.rows import ACCURACY, OVER_TORCH, Row
 
 if TYPE_CHECKING:  # The pipeline's own process does without torch.
     from pruning.readiness import Readiness
@@ -101,7 +102,9 @@ def _csv(rows: Sequence[Row]) -> bytes:
 
 def _markdown(rows: Sequence[Row]) -> bytes:
     header, cells = table_cells(rows)
-    tables = [(header, cells), cut_cells(rows)]
+    tables = [
+        table for table in ((header, cells), cut_cells(rows), latency_cells(rows)) if table[1]
+    ]
     sentences = (f"{sentence}\n" for sentence in comparisons(rows))
     return "\n".join([*(_markdown_table(*table) for table in tables), *sentences]).encode()
 
@@ -124,6 +127,37 @@ def cut_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for row in rows
         if "prune/live_channels_removed" in row
     ]
+    return header, cells
+
+
+def latency_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of what was timed: medians, quartiles, and how many times as fast."""
+    prefix = "speedup/"
+    timed = dict.fromkeys(
+        name.removeprefix(prefix)
+        for row in rows
+        for name in row
+        if name.startswith(prefix) and not name.endswith(OVER_TORCH)
+    )
+    header = [
+        "point",
+        "runtime",
+        "threads",
+        "lines x px",
+        "ms (quartiles)",
+        "as fast",
+        "over torch",
+    ]
+    cells = []
+    for row, name in product(rows, timed):
+        if f"{prefix}{name}" not in row:
+            continue
+        runtime, shape, threads = name.split("_")
+        median, low, high = (row[f"latency/{name}_{what}ms"] for what in ("", "low_", "high_"))
+        gains = (row[f"{prefix}{name}"], row[f"{prefix}{name}{OVER_TORCH}"])
+        times = f"{median:.2f} ({low:.2f}-{high:.2f})"
+        case = [row["point"], runtime, threads.removesuffix("t"), shape, times]
+        cells.append([*case, *(f"{gain:.1f}" for gain in gains)])
     return header, cells
 
 
@@ -169,6 +203,7 @@ def _legend(rows: Sequence[Row]) -> str:
 
 def _png(title: str, rows: Sequence[Row]) -> bytes:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     panels, costs = figure.subplots(2, 2).flat, axes_of(rows)
@@ -177,7 +212,13 @@ def _png(title: str, rows: Sequence[Row]) -> bytes:
     for axes, (cost, name) in zip(panels, costs.items(), strict=False):
         _draw_panel(axes, rows, cost)
         axes.set(xscale="log", xlabel=name, ylabel="word accuracy, %")
-        axes.grid(alpha=0.3, which="both")
+        axes.margins(x=0.14)  # Names stand beside the points.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(
+            EngFormatter() if max(r[cost] for r in rows) > 1000 else "{x:g}"
+        )
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
     figure.suptitle(f"{subject(title, rows)}, 95% intervals\n{_legend(rows)}; filled: Pareto")
     return _png_of(figure)
 
@@ -202,11 +243,18 @@ def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
             capsize=3,
             lw=1,
         )
-        place = (row[cost], 100 * row[ACCURACY])
-        axes.annotate(row["point"], place, (5, 5), textcoords="offset points")
+        _name_point(axes, row, cost)
     front = sorted((r for r, b in zip(rows, best, strict=True) if b), key=lambda r: r[cost])
     heights = [100 * r[ACCURACY] for r in front]
     axes.plot([r[cost] for r in front], heights, "--", color="grey", lw=1)
+
+
+def _name_point(axes: Any, row: Row, cost: str) -> None:
+    """Write its name beside a point: of those in 8 bits, which have a mark of their own, left."""
+    place, name = (row[cost], 100 * row[ACCURACY]), row["point"].removesuffix(" int8")
+    left = _kind(row) == "int8"
+    offset, side = ((-5, -9), "right") if left else ((5, 4), "left")
+    axes.annotate(name, place, offset, textcoords="offset points", ha=side, fontsize=8)
 
 
 def _interval(row: Row) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Rows of the frontier: a point's figures, collected from its stages and averaged over seeds."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -10,6 +11,18 @@ from flows import project
 from flows.cache import Manifest
 
 ACCURACY = "val/word_accuracy"
+
+BASELINE = "baseline"
+"""Point of the uncut network."""
+
+QAT, INT8 = " qat", " int8"
+"""Behind the names of points: trained on for 8 bits; in 8 bits."""
+
+OVER_TORCH = "_over_torch"
+"""Behind the name of a speed-up: over the baseline in torch, not in the same runtime."""
+
+TRAINED, EXPORTED = "trained", "exported"
+"""Before the name of a point: its checkpoint, and its file for other runtimes."""
 
 CONTROLS = {"scratch": "the same architecture from scratch", "small": "an uncut network as small"}
 """What each kind of control is."""
@@ -47,12 +60,18 @@ class Variant:
         return self.exported is not None and self.exported.stage == "int8"
 
 
-def row_of(variant: Variant, cost: Manifest) -> Row:
+def base_point(point: str) -> str:
+    """The point whose network this is in another form."""
+    return point.removesuffix(INT8).removesuffix(QAT)
+
+
+def row_of(variant: Variant, cost: Manifest, times: Manifest) -> Row:
     """One point of one seed: what was cut, what it reads, what it costs.
 
     Args:
         variant: The network.
         cost: Its measure stage.
+        times: The latency stage of its seed.
     """
     model, exported = variant.model, variant.exported
     control = next((name for name in variant.stages if name in CONTROLS), None)
@@ -72,8 +91,14 @@ def row_of(variant: Variant, cost: Manifest) -> Row:
         row["stages"][exported.stage] = exported.key
     if exported and variant.is_int8:
         row |= {"int8": True, **_named(exported, "val/"), "cost/bytes": row["cost/onnx_bytes"]}
-    row["stages"]["measure"] = cost.key
-    return row
+    row["stages"] |= {"measure": cost.key, "latency": times.key}
+    return row | _times(times)[variant.point]
+
+
+def _times(times: Manifest) -> dict[str, dict[str, float]]:
+    """What a latency stage found, by point."""
+    found: dict[str, dict[str, float]] = json.loads(times.file(times.result).read_text("utf-8"))
+    return found
 
 
 def _named(manifest: Manifest, *prefixes: str) -> dict[str, float]:

@@ -111,6 +111,7 @@ def _compute(job: dict[str, Any], emit: Emit, folder: Path) -> dict[str, Any]:
     from flows.stages.cutting import measure, prune
     from flows.stages.data import data
     from flows.stages.export import export, judge
+    from flows.stages.latency import latency
     from flows.stages.quantize import int8, qat
     from flows.stages.sparse import sparse
     from flows.stages.targets import target
@@ -131,6 +132,7 @@ def _compute(job: dict[str, Any], emit: Emit, folder: Path) -> dict[str, Any]:
         "int8": int8,
         "qat": qat,
         "measure": measure,
+        "latency": latency,
     }
     work = Work(job, folder, folder / "out", emit)
     work.out.mkdir(exist_ok=True)

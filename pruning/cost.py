@@ -1,8 +1,9 @@
 """What a network costs: parameters, multiply-adds, bytes, milliseconds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from crnn.networks.recogniser import Recogniser
 
 LINE_WIDTH = 128
 """Width in pixels of the line that MACs and latency are stated for."""
+
+WARM_UP = 3
+"""Rounds that are not counted."""
+
+K = TypeVar("K", bound=Hashable)
 
 
 def parameters(model: Recogniser) -> dict[str, int]:
@@ -53,16 +59,18 @@ def latency_ms(model: Recogniser, width: int = LINE_WIDTH, rounds: int = 30) -> 
     try:
         model = model.cpu().eval().to(memory_format=torch.channels_last)
         line = torch.zeros(1, 3, HEIGHT, width).contiguous(memory_format=torch.channels_last)
-        return median_ms(lambda: model(line), rounds)
+        return median(interleaved_ms({0: lambda: model(line)}, rounds)[0])
     finally:
         torch.set_num_threads(threads)
 
 
-def median_ms(run: Callable[[], object], rounds: int = 30) -> float:
-    """Median milliseconds that a function takes, warmed up."""
-    times = []
-    for _ in range(rounds + 5):
-        begun = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - begun))
-    return median(times[5:])
+def interleaved_ms(runs: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, list[float]]:
+    """Milliseconds that functions take, each in turn in every round, warmed up."""
+    times: dict[K, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + WARM_UP):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            if number >= WARM_UP:
+                times[name].append(1000 * (time.perf_counter() - begun))
+    return times

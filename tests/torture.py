@@ -40,7 +40,7 @@ from tests.flows.conftest import (
 from tests.flows.test_pipeline import cancelling, children_of, sending
 
 KILLS, CANCELS, ARTIFACTS, INPUTS = 40, 10, 100, 200
-STAGES = ("data", "baseline", "sparse", "prune", "finetune", "export", "int8", "measure")
+STAGES = ("data", "baseline", "sparse", "prune", "finetune", "export", "int8", "measure", "latency")
 EXPERIMENT = {**LONG, "sparse": {**LONG["sparse"], "epochs": 12}, "export": {}}
 TRAINING = ("baseline", "sparse", "finetune")
 
@@ -162,7 +162,7 @@ def digests(project: Project) -> dict[str, str]:
     return {
         label: manifest["files"][manifest["result"]]["sha256"]
         for label, manifest in project.manifests().items()
-        if manifest["stage"] != "measure"
+        if manifest["stage"] != "latency"
     }
 
 

@@ -2,20 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from crnn.checkpoint import Checkpoint, load_checkpoint
-from crnn.data.images import HEIGHT
 from crnn.devices import best_device
 from crnn.evaluation import evaluate
 from crnn.networks.deploy import deployed
-from crnn.reading import load_exported
 from flows.cache import MODEL, WIDTHS
 from flows.rows import ACCURACY
 from flows.stages.sparse import start_of_cut
 from flows.stages.work import Outcome, Work
-from pruning.cost import LINE_WIDTH, latency_ms, macs, median_ms, parameters
+from pruning.cost import macs, parameters
 from pruning.gammas import absolute_gammas, widths
 from pruning.readiness import live_removed
 from pruning.selection import keep_masks
@@ -67,7 +64,7 @@ def prune(work: Work) -> Outcome:
 
 
 def measure(work: Work) -> Outcome:
-    """Parameters, multiply-adds, bytes and latency of a network, as trained and as it ships."""
+    """Parameters, multiply-adds and bytes of a network, as trained and as it ships."""
     path = work.input("model")
     model = load_checkpoint(path).model
     figures = {
@@ -75,24 +72,10 @@ def measure(work: Work) -> Outcome:
         "cost/macs": float(macs(model)),
         "cost/bytes": float(path.stat().st_size),
     }
-    in_torch = work.settings.get("in_torch", True)
-    if in_torch:
-        figures["cost/latency_ms"] = latency_ms(model)
     if shipped := deployed(model):
         figures["cost/params_deployed"] = float(parameters(shipped)["total"])
         figures["cost/macs_deployed"] = float(macs(shipped))
-        if in_torch:
-            figures["cost/latency_deployed_ms"] = latency_ms(shipped)
     if "export" in work.job["inputs"]:
-        figures |= _cost_of_export(work.input("export"))
+        figures["cost/onnx_bytes"] = float(work.input("export").stat().st_size)
     work.write_json("cost.json", figures)
     return "cost.json", figures
-
-
-def _cost_of_export(path: Path) -> dict[str, float]:
-    exported = load_exported(path, threads=1)
-    line = np.zeros((1, HEIGHT, LINE_WIDTH, 3), np.uint8)
-    return {
-        "cost/onnx_bytes": float(path.stat().st_size),
-        "cost/onnx_latency_ms": median_ms(lambda: exported.best_path(line)),
-    }

@@ -157,7 +157,7 @@ def test_controls_add_their_own_stages_and_a_killed_one_goes_on_to_the_same_bits
     process.communicate(timeout=30)
     run = project.run("frontier", str(project.params), "--json")
     assert "scratch 0.3: goes on after epoch" in run.stderr
-    labels = {"scratch 0.3", "small 0.3", "measure scratch 0.3", "measure small 0.3"}
+    labels = {"scratch 0.3", "small 0.3", "measure scratch 0.3", "measure small 0.3", "latency"}
     done = set(json.loads(run.stdout)["computed"])
     assert {"scratch 0.3", "measure scratch 0.3", "measure small 0.3"} <= done <= labels
     assert set(controlled[1]["computed"]) == labels

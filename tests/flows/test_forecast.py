@@ -121,6 +121,7 @@ def test_the_plan_has_teachers_targets_controls_and_seeds(tmp_path: Path) -> Non
         "scratch": 2,
         "small": 2,
         "measure": 12,
+        "latency": 2,
     }
 
 

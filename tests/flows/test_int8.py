@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 import torch
 
 from crnn.checkpoint import load_checkpoint
@@ -31,6 +32,12 @@ def test_every_point_has_one_in_8_bits(exported: Exported) -> None:
         assert rounded["quantize/layers"] + rounded["quantize/layers_in_float"] == 13
         assert rounded["quantize/drop"] <= 0.3
         assert "cost/latency_ms" not in rounded, "torch computes it in float"
+        assert rounded["latency/onnx_32x128_1t_low_ms"] <= rounded["latency/onnx_32x128_1t_high_ms"]
+        for case in ("1x64_1t", "1x128_1t", "1x256_1t", "32x128_1t"):
+            across = exact[f"speedup/onnx_{case}_over_torch"] * exact[f"latency/onnx_{case}_ms"]
+            assert across == pytest.approx(rows["baseline"][f"latency/torch_{case}_ms"])
+            same = rounded[f"speedup/onnx_{case}"] * rounded[f"latency/onnx_{case}_ms"]
+            assert same == pytest.approx(rows["baseline int8"][f"latency/onnx_{case}_ms"])
         assert rounded["val/samples"] == 16
     recorded = points_of(project, printed["sweep_run"])["0.6 int8"].data
     assert recorded.metrics["cost/bytes"] == rows["0.6 int8"]["cost/bytes"]

@@ -36,7 +36,7 @@ def test_the_frontier_has_a_row_for_the_baseline_and_each_ratio(finished: Finish
 
 
 def test_every_stage_was_computed_once(finished: Finished) -> None:
-    labels = ["baseline", "data", "finetune 0.3", "finetune 0.6", "measure baseline"]
+    labels = ["baseline", "data", "finetune 0.3", "finetune 0.6", "latency", "measure baseline"]
     labels += ["measure finetune 0.3", "measure finetune 0.6", "prune 0.3", "prune 0.6", "sparse"]
     assert sorted(finished[1]["computed"]) == labels
     assert sorted(finished[0].manifests()) == labels
@@ -73,14 +73,16 @@ def test_the_same_command_computes_nothing_even_with_a_prefect_server_of_its_own
 def test_a_new_ratio_computes_its_own_stages_only(finished: Finished, tmp_path: Path) -> None:
     project = copy_of(finished, tmp_path / "copy")
     result = project.frontier("--ratios", "0.3,0.45,0.6")
-    assert sorted(result["computed"]) == ["finetune 0.45", "measure finetune 0.45", "prune 0.45"]
+    new = ["finetune 0.45", "latency", "measure finetune 0.45", "prune 0.45"]
+    assert sorted(result["computed"]) == new
 
 
 def test_a_smaller_lstm_and_head_go_through_every_stage(finished: Finished, tmp_path: Path) -> None:
     project = copy_of(finished, tmp_path / "copy")
     smaller = ["--ratios", "0.3", "--set", "prune.lstm_ratio=0.5", "--set", "prune.head_rank=3"]
     result = project.frontier(*smaller)
-    assert sorted(result["computed"]) == ["finetune 0.3", "measure finetune 0.3", "prune 0.3"]
+    new = ["finetune 0.3", "latency", "measure finetune 0.3", "prune 0.3"]
+    assert sorted(result["computed"]) == new
     row = result["rows"][1]
     assert row["cost/params_head"] == 3 * (2 * 4 + 11) + 11
     seen = json.loads(project.run("preview", str(project.params), *smaller, "--json").stdout)
@@ -276,7 +278,7 @@ def test_prefect_shows_stages_by_name_and_cached_where_cached(
     }
     assert set(states.values()) == {"Completed", "Cached"}
     shown = {(key, kind): description for key, kind, description in artifacts}
-    assert shown["progress-shown", "progress"] == "10 of 10 stages"
+    assert shown["progress-shown", "progress"] == "11 of 11 stages"
     description = shown["frontier-shown", "table"]
     assert "[sparse 0.3](http://127.0.0.1:5000/#/experiments/" in description
 

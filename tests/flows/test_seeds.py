@@ -72,6 +72,7 @@ def test_another_seed_runs_all_that_trains_on_the_same_data(seeded: Finished) ->
     project, result = seeded
     point, computed = "target params 40,000", set(result["computed"])
     trained = ["baseline", "sparse", point, "prune 0.6", "finetune 0.6", "measure finetune 0.6"]
+    trained.append("latency")
     assert {f"{label} seed 1" for label in trained} <= computed
     assert "data" not in computed
     assert {label for label in computed if "0.6 seed 0" in label} == set(), "it was there before"
