@@ -2,11 +2,12 @@
 # make test           set up, then run the tests
 # make torture        kill, cancel, damage and starve real pipelines for 15 minutes
 # make browser-test   install Chromium and look at the report with it
+# make cluster-test   share stages through a real S3 server, kill and freeze machines
 # make check          format, lint and types
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: frontier test torture browser-test check format clean
+.PHONY: frontier test torture browser-test cluster-test check format clean
 
 frontier: .venv/installed
 	$(BIN)/crnn-slim frontier params/quickstart.yaml
@@ -20,6 +21,10 @@ torture: .venv/installed
 browser-test: .venv/installed
 	command -v chromium || apt-get install --yes chromium
 	$(BIN)/python -m pytest tests/flows/test_page.py
+
+cluster-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster]' 'moto[server]>=5.1'
+	CRNN_SLIM_CLUSTER_TEST=1 $(BIN)/python -m pytest tests/flows/test_store.py
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

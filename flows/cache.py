@@ -6,6 +6,8 @@ only after every file has been hashed; what fails is set aside and computed agai
 
 import hashlib
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from crnn.files import sha256, sync_folder, write_atomic
-from flows import project
+from flows import project, store
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
@@ -112,19 +114,75 @@ class Manifest:
 def find(key: str, log: Callable[[str], None]) -> Manifest | None:
     """The manifest of a finished stage, proven by its files; None where there is none.
 
-    A damaged result is moved out of the way, and log is told which and why.
+    A damaged result is moved out of the way, and log is told which and why. Where machines share
+    their stages, what is in the store counts, and is fetched.
     """
     folder = project.stages_folder() / key
+    found = _found_here(folder, log)
+    if not store.is_shared():
+        return found
+    shared = store.manifest_of(key)
+    if shared and found and shared == (folder / MANIFEST).read_bytes():
+        return found
+    fetched = _fetched(key, shared, log) if shared else None
+    return fetched or (_share(found, log) if found else None)
+
+
+def _found_here(folder: Path, log: Callable[[str], None]) -> Manifest | None:
     if not folder.is_dir():
         return None
     try:
         return verified(folder)
     except DamagedError as damage:
-        target = project.set_aside_folder() / f"{key}-{time.time_ns()}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(target)
-        log(f"{key}: {damage}; set aside as {target} and computed again")
+        log(f"{folder.name}: {damage}; set aside as {_set_aside(folder)} and computed again")
         return None
+
+
+def _set_aside(folder: Path) -> Path:
+    target = project.set_aside_folder() / f"{folder.name}-{time.time_ns()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    return target
+
+
+def _share(manifest: Manifest, log: Callable[[str], None]) -> Manifest:
+    """Put a stage into the store; where another machine was first, take what that one made."""
+    folder, digests = manifest.folder, _digests(manifest)
+    own = (folder / MANIFEST).read_bytes()
+    there = store.offer(manifest.key, folder, digests, own)
+    if there == own:
+        return manifest
+    log(f"{manifest.key}: another machine has finished it first, its result is taken")
+    return _fetched(manifest.key, there, log) or manifest
+
+
+def _fetched(key: str, content: bytes, log: Callable[[str], None]) -> Manifest | None:
+    """Take a stage from the store, by one rename; None where what is there is damaged."""
+    folder = project.stages_folder() / key
+    fresh = project.work_folder() / f"fetched-{os.getpid()}-{time.time_ns()}" / key
+    try:
+        fresh.mkdir(parents=True)
+        try:
+            manifest = _parsed(content)
+            store.fetch(_digests(manifest), fresh)
+            write_atomic(fresh / MANIFEST, content)
+            verified(fresh)
+        except (DamagedError, store.DamagedFileError) as damage:
+            store.forget(key)
+            log(f"{key}: what is in the store is damaged ({damage}); it is shared anew")
+            return None
+        if folder.is_dir():
+            _set_aside(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(fresh.parent, ignore_errors=True)
+    return manifest
+
+
+def _digests(manifest: Manifest) -> dict[str, str]:
+    return {name: str(entry["sha256"]) for name, entry in manifest.files.items()}
 
 
 def verified(folder: Path) -> Manifest:
@@ -134,35 +192,57 @@ def verified(folder: Path) -> Manifest:
         DamagedError: Anything missing, of another size or of other bytes.
     """
     try:
-        written = (folder / MANIFEST).read_bytes()
-        content = json.loads(written)
-        content.pop(SEAL, None)
-        manifest = Manifest(**content)
-        entries = [(name, e["size"], e["sha256"]) for name, e in manifest.files.items()]
-        manifest.digest  # noqa: B018  # The result must be among the files.
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        manifest = _parsed((folder / MANIFEST).read_bytes())
+    except OSError as error:
         raise DamagedError(f"manifest unreadable ({type(error).__name__})") from error
-    if written != _sealed(manifest):
-        raise DamagedError("the manifest has other bytes than were written")
     if manifest.key != folder.name:
         raise DamagedError(f"manifest is of another stage ({manifest.key})")
-    for name, size, digest in entries:
+    for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise DamagedError(f"{name} is missing")
-        if path.stat().st_size != size or sha256(path) != digest:
+        if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
             raise DamagedError(f"{name} has other bytes than its manifest says")
     return manifest
 
 
-def publish(stage: Stage, folder: Path, outcome: dict[str, Any], run_id: str | None) -> Manifest:
-    """Turn a work folder's output into the stage's result, by one rename.
+def _parsed(written: bytes) -> Manifest:
+    """A manifest from the bytes of its file.
+
+    Raises:
+        DamagedError: They are not those that were written.
+    """
+    try:
+        content = json.loads(written)
+        content.pop(SEAL, None)
+        manifest = Manifest(**content)
+        {(e["size"], e["sha256"]) for e in manifest.files.values()}
+        manifest.digest  # noqa: B018  # The result must be among the files.
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"manifest unreadable ({type(error).__name__})") from error
+    if written != _sealed(manifest):
+        raise DamagedError("the manifest has other bytes than were written")
+    return manifest
+
+
+def publish(
+    stage: Stage,
+    folder: Path,
+    outcome: dict[str, Any],
+    run_id: str | None,
+    log: Callable[[str], None],
+) -> Manifest:
+    """Turn a work folder's output into the stage's result, by one rename, and share it.
 
     Args:
         stage: The stage that was computed.
         folder: Its output files.
         outcome: `result`, `metrics` and `seconds` as the computation reported them.
         run_id: MLflow run, or None.
+        log: Told where another machine has finished it first.
+
+    Returns:
+        The manifest of the result that counts: this one, or that of the other machine.
     """
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     files = {
@@ -185,7 +265,7 @@ def publish(stage: Stage, folder: Path, outcome: dict[str, Any], run_id: str | N
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)
     sync_folder(target.parent)
-    return manifest
+    return _share(manifest, log) if store.is_shared() else manifest
 
 
 def _sealed(manifest: Manifest) -> bytes:

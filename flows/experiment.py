@@ -48,6 +48,9 @@ class ExecutionSettings(Settings):
     Each training is spread over so many processes, each with a share of every batch; on a machine
     with GPUs, one for each of them.
 
+    store is where several machines share finished stages, an address like s3://bucket/prefix; they
+    must share a Prefect server as well (PREFECT_API_URL), which lets one at a time compute a stage.
+
     A run that fails, and not by a mistake in its settings or data, is tried again so often, first
     after retry_seconds, then after twice as long, and so on.
     """
@@ -55,6 +58,7 @@ class ExecutionSettings(Settings):
     parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     processes: Annotated[int, Field(ge=1, le=64)] = 1
+    store: Annotated[str, Field(pattern=r"^[a-z0-9]+://")] | None = None
     retries: Annotated[int, Field(ge=0, le=10)] = 0
     retry_seconds: Annotated[float, Field(gt=0)] = 60
 

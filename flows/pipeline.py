@@ -19,7 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import StoppedError, UserError
 from crnn.settings import ExportSettings, QuantizeSettings, TeacherSettings
-from flows import cache, children, definitions, display, project, report, servers
+from flows import cache, children, definitions, display, project, report, servers, store
 from flows.cache import READINESS, Manifest, Stage
 from flows.champion import crown
 from flows.experiment import Experiment
@@ -179,6 +179,7 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     """
     project.configure_environment()  # A worker of Prefect's comes here directly.
     children.restart()
+    store.use(experiment.execution.store)
     tracker = Tracker(experiment.name, display.say)
     forecast = forecast_of(experiment, parallel_finetunes(experiment))
     context = Context(experiment, tracker, [], forecast, experiment.training_seeds[0])

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from crnn.errors import UserError
-from flows import cache, definitions, display
+from flows import cache, definitions, display, store
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
 
@@ -74,6 +74,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
 
 def find_sparse(experiment: Experiment) -> Manifest:
     """The cached sparse stage of an experiment, of its first seed, proven."""
+    store.use(experiment.execution.store)
     seed = experiment.training_seeds[0]
     stages = {"data": _found(definitions.data_stage(experiment))}
     if teacher := experiment.teacher:

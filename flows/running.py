@@ -14,6 +14,7 @@ from flows import cache, children, definitions, display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
 from flows.forecast import Forecast
+from flows.leases import lease
 from flows.locks import seats, single_flight
 from flows.tracking import Tracker
 
@@ -78,7 +79,10 @@ def find_or_compute(
     Raises:
         StoppedError: The pipeline was told to stop.
     """
-    with single_flight(stage.key, children.stopping, log) as lock:
+    with (
+        single_flight(stage.key, children.stopping, log) as lock,
+        lease(stage.key, children.stopping, log),
+    ):
         manifest = cache.find(stage.key, log)
         cached = manifest is not None
         if manifest is None:
@@ -87,7 +91,7 @@ def find_or_compute(
             parallel = parallel_finetunes(context.experiment) if sharing else 1
             count = math.ceil(total / parallel)
             with seats(count, total, children.stopping, log):
-                manifest = _compute(context, stage, count, lock)
+                manifest = _compute(context, stage, count, lock, log)
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
     context.forecast.finish(stage, manifest.seconds)
@@ -101,7 +105,9 @@ def find_or_compute(
     return replace(manifest, label=stage.label), cached
 
 
-def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
+def _compute(
+    context: Context, stage: Stage, cpus: int, lock: int, log: Callable[[str], None]
+) -> Manifest:
     folder = project.work_folder() / stage.key
     folder.mkdir(parents=True, exist_ok=True)
     context.tracker.begin(stage)
@@ -123,7 +129,8 @@ def _compute(context: Context, stage: Stage, cpus: int, lock: int) -> Manifest:
         raise
     finally:
         display.end(stage.label)
-    return cache.publish(stage, folder / "out", outcome, context.tracker.run_of(stage.key))
+    run_id = context.tracker.run_of(stage.key)
+    return cache.publish(stage, folder / "out", outcome, run_id, log)
 
 
 def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def publish(settings: dict[str, object]) -> Manifest:
     (out / "model.bin").write_bytes(b"weights")
     (out / "sub" / "more.txt").write_text("more")
     outcome = {"result": "model.bin", "metrics": {"val/word_accuracy": 0.5}, "seconds": 1.0}
-    return cache.publish(made, out, outcome, "run")
+    return cache.publish(made, out, outcome, "run", print)
 
 
 def test_keys_depend_on_settings_inputs_and_version_and_have_no_dots() -> None:

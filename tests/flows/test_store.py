@@ -1,0 +1,179 @@
+"""Machines that share their finished stages: state folders of their own, one store, one Prefect."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.conftest import LONG, Project, free_port, new_project, wait_for
+
+needs_cluster = pytest.mark.skipif(
+    not os.environ.get("CRNN_SLIM_CLUSTER_TEST") or find_spec("moto") is None,
+    reason="takes minutes and an S3 server; `make cluster-test` installs and runs it",
+)
+PATIENCE = 240
+"""Seconds for a lease to run out, and for the stages behind it."""
+
+
+@pytest.fixture
+def folder_store(tmp_path: Path) -> str:
+    """A store in a folder that both machines see."""
+    return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server, and the environment in which it is found."""
+    import boto3
+
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    with (tmp_path_factory.mktemp("s3") / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log
+        )
+    environment = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ALLOW_HTTP": "true",
+    }
+    try:
+        wait_for(f"{address}/moto-api/")
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys).create_bucket(
+            Bucket="slim"
+        )
+        yield environment
+    finally:
+        server.kill()
+        server.wait()
+
+
+def machines(folder: Path, store: str, **changes: Any) -> tuple[Project, Project]:
+    """Two state folders with the same experiment and store."""
+    execution = {**changes.pop("execution", {}), "store": store}
+    one, other = (
+        new_project(folder / name, **changes, execution=execution) for name in ("one", "other")
+    )
+    return one, other
+
+
+def written(project: Project) -> dict[str, bytes]:
+    """Manifests, byte for byte, by key."""
+    return {p.parent.name: p.read_bytes() for p in project.home.glob("stages/*/manifest.json")}
+
+
+def start(project: Project) -> subprocess.Popen[str]:
+    command = project.command("frontier", str(project.params), "--json")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, start_new_session=True, **pipes, **project.options())
+
+
+def wait_for_epoch(project: Project, running: subprocess.Popen[str]) -> None:
+    """Until an epoch of the sparse stage is done there."""
+    deadline = time.monotonic() + 120
+    while not list(project.home.glob("work/sparse-*/state.safetensors")):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_one_machine_has_computed_the_other_takes(tmp_path: Path, folder_store: str) -> None:
+    one, other = machines(tmp_path, folder_store)
+    first = one.frontier()
+    second = other.frontier()
+    assert second["computed"] == []
+    assert second["rows"] == first["rows"]
+    assert written(other) == written(one)
+    for project in (one, other):
+        manifest = project.manifests()["finetune 0.6"]
+        model = project.home / "stages" / manifest["key"] / "model.safetensors"
+        model.write_bytes(b"damaged")
+    damaged = (tmp_path / "store" / "files").glob(
+        f"*/{manifest['files']['model.safetensors']['sha256']}"
+    )
+    assert one.frontier()["computed"] == [], "the store has it"
+    next(damaged).write_bytes(b"damaged as well")
+    again = other.run("frontier", str(other.params), "--json")
+    assert "what is in the store is damaged" in again.stderr
+    assert "finetune 0.6" in json.loads(again.stdout)["computed"]
+    assert one.frontier()["rows"] == json.loads(again.stdout)["rows"]
+    assert written(one) == written(other)
+
+
+def test_two_machines_at_once_compute_each_stage_once(tmp_path: Path, folder_store: str) -> None:
+    both = machines(tmp_path, folder_store)
+    running = [start(project) for project in both]
+    printed = [process.communicate(timeout=PATIENCE) for process in running]
+    assert [process.returncode for process in running] == [0, 0], printed
+    computed = [json.loads(out)["computed"] for out, _ in printed]
+    assert not set(computed[0]) & set(computed[1])
+    assert set(computed[0]) | set(computed[1]) == set(both[0].manifests())
+    assert written(both[0]) == written(both[1])
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("http://nowhere/store", "execution.store is an address like s3://bucket/prefix"),
+        ("folder/store", "execution.store: string should match pattern"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(tmp_path: Path, address: str, reason: str) -> None:
+    project = new_project(tmp_path)
+    command = ["frontier", str(project.params), "--set", f"execution.store={address}"]
+    assert reason in project.run(*command, code=2).stderr
+
+
+@needs_cluster
+def test_another_machine_goes_on_when_one_dies(tmp_path: Path, s3: dict[str, str]) -> None:
+    one, other = machines(tmp_path, "s3://slim/dies", **LONG)
+    one.environment = other.environment = s3
+    begun = start(one)
+    wait_for_epoch(one, begun)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.communicate()
+    finished = other.run("frontier", str(other.params), "--json")
+    assert "waiting for another machine" in finished.stderr
+    computed = json.loads(finished.stdout)["computed"]
+    assert "sparse" in computed
+    assert "baseline" not in computed, "the other machine had finished that"
+    assert one.frontier()["computed"] == []
+    assert written(one) == written(other)
+
+
+@needs_cluster
+def test_a_machine_that_comes_back_late_changes_nothing(tmp_path: Path, s3: dict[str, str]) -> None:
+    one, other = machines(tmp_path, "s3://slim/late", **LONG)
+    one.environment = other.environment = s3
+    late = start(one)
+    wait_for_epoch(one, late)
+    workers = list(children_of(late.pid))
+    for pid in (late.pid, *workers):
+        os.kill(pid, signal.SIGSTOP)
+    finished = other.frontier()
+    for pid in (*workers, late.pid):
+        os.kill(pid, signal.SIGCONT)
+    out, err = late.communicate(timeout=PATIENCE)
+    assert late.returncode == 0, err
+    assert "another machine has finished it first" in err
+    assert json.loads(out)["rows"] == finished["rows"]
+    assert written(one) == written(other)
+
+
+def children_of(pid: int) -> Iterator[int]:
+    """All processes that a process has started, and theirs."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    for child in found.stdout.split():
+        yield from children_of(int(child))
+        yield int(child)
