@@ -4,17 +4,17 @@
 
 5,963 classes, random weights. The cut of 0.62 has the article's widths, that of 0.87 keeps 13% of
 every layer; "in eights" is the same with every layer's width at the nearest multiple of 8, which
-vector units like. All candidates take turns in every round, so that what else the machine does hits
-all of them; ratios are to the uncut network in torch with the same threads, batch and width. The
-exports have the best path inside (`export.output: classes`), as torch has it here. The bound is the
-time that the multiply-adds alone take at the speed of a large float32 matrix product.
+vector units like. All candidates take turns in every round, each turn after an untimed run, so that
+what else the machine does hits all of them; ratios are to the uncut network in torch with the same
+threads, batch and width. The exports have the best path inside (`export.output: classes`), as torch
+has it here. The bound is the time that the multiply-adds alone take at the speed of a large float32
+matrix product.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
@@ -30,7 +30,7 @@ from crnn.networks.recogniser import Recogniser
 from crnn.quantization import layers_of, quantize
 from crnn.reading import load_exported, normalised
 from crnn.settings import ExportSettings, ModelSettings
-from pruning.cost import macs, parameters
+from pruning.cost import interleaved_ms, macs, parameters
 from pruning.gammas import absolute_gammas
 from pruning.surgery import cut
 
@@ -112,14 +112,7 @@ def _case(threads: int, batch: int, width: int) -> dict[str, list[float]]:
             candidates[f"{name} int8"] = _reader(int8, threads, pixels)
             candidates[f"{name} torch"] = _eager(model, images)
             candidates[f"{name} bound"] = _product(batch * macs(model, width))
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        for number in range(ROUNDS[batch] + 3):
-            for name, run in candidates.items():
-                begun = time.perf_counter()
-                run()
-                if number >= 3:
-                    times[name].append(1000 * (time.perf_counter() - begun))
-    return times
+        return interleaved_ms(candidates, ROUNDS[batch])
 
 
 def _reader(path: Path, threads: int, pixels: np.ndarray) -> Callable[[], object]:

@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from crnn import errors
 from crnn.errors import StoppedError, UserError
+from flows import template
 
 Event = dict[str, Any]
 
@@ -31,6 +32,9 @@ milliseconds makes training beside any other process nearly twice as slow."""
 KEPT = "finished stages and epochs are kept, run the same command to go on"
 
 _stop = threading.Event()
+
+
+Child = template.Copy | subprocess.Popen[bytes]
 
 
 class ChildDiedError(RuntimeError):
@@ -79,26 +83,12 @@ def run_child(
         ChildDiedError: The child ended in any other way; names the log file.
     """
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    cpus = str(job["cpus"])
-    threads = {"OMP_NUM_THREADS": cpus, "MKL_NUM_THREADS": cpus}
-    environment = {**SHARING, **os.environ, **threads}
-    with (folder / "worker.log").open("ab") as log:
-        child = subprocess.Popen(
-            # -P: a folder named flows where the command is run must not hide this package.
-            [sys.executable, "-P", "-m", "flows.worker", str(folder / "job.json")],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            pass_fds=(lock,),
-            start_new_session=True,
-        )
+    child, output = _started(folder, lock)
     watcher = threading.Thread(target=_kill_when_stopped, args=(child,), daemon=True)
     watcher.start()
     outcome: dict[str, Any] | None = None
-    assert child.stdout
     try:
-        for line in child.stdout:
+        for line in output:
             event = json.loads(line)
             if event["event"] == "done":
                 outcome = event
@@ -107,7 +97,7 @@ def run_child(
             else:
                 on_event(event)
     finally:
-        child.stdout.close()
+        output.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0 if _stop.is_set() else 10)
         _kill(child)
@@ -122,6 +112,31 @@ def run_child(
     return {name: outcome[name] for name in ("result", "metrics", "seconds")}
 
 
+def _started(folder: Path, lock: int) -> tuple[Child, IO[bytes]]:
+    """The process of a stage, and what it prints."""
+    job, environment = folder / "job.json", {**SHARING, **os.environ}
+    with (folder / "worker.log").open("ab") as log:
+        if sys.platform == "linux":
+            theirs, ours = os.pipe()[::-1]
+            try:
+                child = template.start(job, theirs, log.fileno(), lock, environment)
+            finally:
+                os.close(theirs)
+            return child, os.fdopen(ours, "rb")
+        fresh = subprocess.Popen(
+            # -P: a folder named flows where the command is run must not hide this package.
+            [sys.executable, "-P", "-m", "flows.worker", str(job)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+        assert fresh.stdout
+        return fresh, fresh.stdout
+
+
 def end_with_parent(parent: int) -> None:
     """In a child: kill its process group as soon as the parent is gone."""
 
@@ -133,14 +148,14 @@ def end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _kill_when_stopped(child: subprocess.Popen[bytes]) -> None:
+def _kill_when_stopped(child: Child) -> None:
     while child.poll() is None:
         if _stop.wait(TICK_SECONDS):
             _kill(child)
             child.wait()
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def _kill(child: Child) -> None:
     """Kill the child and its loader workers. Its files are safe at any instant."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):

@@ -334,7 +334,7 @@ def _shipped(experiment: Experiment, trained: list[Networks]) -> list[Networks]:
     fell_short = _fell_short(rounding, rounded)
     chosen = [(seed, [n for n in networks if n.point in fell_short]) for seed, networks in trained]
     more = len(fell_short) * len(trained)
-    trained[0][0].forecast.add({"qat": more, "export": more, "int8": more, "measure": 2 * more})
+    trained[0][0].forecast.add({"qat": more, "export": more, "int8": more, "measure": more})
     again = [_trained_for_8_bits(rounding, *networks) for networks in chosen]
     again = [_exported(settings, *networks) for networks in again]
     again = [_rounded(rounding, *networks) for networks in again]

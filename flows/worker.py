@@ -14,10 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from crnn.errors import UserError
 from flows.children import TICK_SECONDS, end_with_parent
+
+if TYPE_CHECKING:
+    from flows.stages.work import Outcome, Work
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -107,6 +110,19 @@ def _silent(event: dict[str, Any]) -> None:
 
 def _compute(job: dict[str, Any], emit: Emit, folder: Path) -> dict[str, Any]:
     """Run the stage that the job names, in its work folder."""
+    from flows.stages.training import history
+    from flows.stages.work import Work, run_timed
+
+    work = Work(job, folder, folder / "out", emit)
+    work.out.mkdir(exist_ok=True)
+    for left_over in work.out.rglob(".*.tmp"):  # Of an attempt that was killed while it wrote.
+        left_over.unlink()
+    before = sum(record["train/seconds"] for record in history(work.out))
+    return run_timed(work, stages()[job["stage"]], before)
+
+
+def stages() -> "dict[str, Callable[[Work], Outcome]]":
+    """What computes each kind of stage. Not imported with this file: torch takes a second."""
     from flows.stages.controls import scratch, small
     from flows.stages.cutting import measure, prune
     from flows.stages.data import data
@@ -115,10 +131,9 @@ def _compute(job: dict[str, Any], emit: Emit, folder: Path) -> dict[str, Any]:
     from flows.stages.quantize import int8, qat
     from flows.stages.sparse import sparse
     from flows.stages.targets import target
-    from flows.stages.training import baseline, finetune, history
-    from flows.stages.work import Work, run_timed
+    from flows.stages.training import baseline, finetune
 
-    stages = {
+    return {
         "data": data,
         "baseline": baseline,
         "sparse": sparse,
@@ -134,12 +149,6 @@ def _compute(job: dict[str, Any], emit: Emit, folder: Path) -> dict[str, Any]:
         "measure": measure,
         "latency": latency,
     }
-    work = Work(job, folder, folder / "out", emit)
-    work.out.mkdir(exist_ok=True)
-    for left_over in work.out.rglob(".*.tmp"):  # Of an attempt that was killed while it wrote.
-        left_over.unlink()
-    before = sum(record["train/seconds"] for record in history(work.out))
-    return run_timed(work, stages[job["stage"]], before)
 
 
 def _emitter(stream: TextIO) -> Emit:

@@ -14,7 +14,7 @@ from crnn.networks.recogniser import Recogniser
 LINE_WIDTH = 128
 """Width in pixels of the line that MACs and latency are stated for."""
 
-WARM_UP = 3
+WARM_UP = 2
 """Rounds that are not counted."""
 
 K = TypeVar("K", bound=Hashable)
@@ -65,10 +65,15 @@ def latency_ms(model: Recogniser, width: int = LINE_WIDTH, rounds: int = 30) -> 
 
 
 def interleaved_ms(runs: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, list[float]]:
-    """Milliseconds that functions take, each in turn in every round, warmed up."""
+    """Milliseconds that functions take, each in turn in every round.
+
+    A turn is two runs, of which the second counts: the first brings back what the others have
+    thrown out of the caches.
+    """
     times: dict[K, list[float]] = {name: [] for name in runs}
     for number in range(rounds + WARM_UP):
         for name, run in runs.items():
+            run()
             begun = time.perf_counter()
             run()
             if number >= WARM_UP:

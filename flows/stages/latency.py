@@ -24,7 +24,7 @@ THREADS = (1, 2)
 SHAPES = ((1, 64), (1, 128), (1, 256), (32, 128))
 """Lines at a time, and their width in pixels."""
 
-ROUNDS = {1: 25, 32: 5}
+ROUNDS = {1: 15, 32: 4}
 """Of so many lines at a time."""
 
 RESULT = "latency.json"
