@@ -69,9 +69,8 @@ def frontier(
         return
     _print_frontier(experiment.name, result.rows)
     print(result.champion)
-    counted = (
-        f"{len(result.computed)} stages computed" if result.computed else "everything was cached"
-    )
+    count = len(result.computed)
+    counted = f"{count} stage{'s' * (count > 1)} computed" if count else "everything was cached"
     print(f"{counted}; tables, plots and the checkpoint of each point: {_short(result.report)}")
     print(f"compare the runs with: {_short(Path(sys.argv[0]))} ui")
     if result.charts:
