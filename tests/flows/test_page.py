@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,23 @@ def test_the_report_is_accessible_and_needs_no_network(
     assert found.violations_count == 0, found.generate_report()
     assert page.locator("#table tbody tr").count() == len(exported[1]["rows"])
     assert page.locator("#table tr.best").count() == 1, "the champion"
+
+
+@needs_chromium
+def test_the_report_opens_at_once_and_can_be_read_on_a_phone(
+    exported: Exported, browser: Browser
+) -> None:
+    path = Path(exported[1]["report"]) / "report.html"
+    begun = time.monotonic()
+    page, wrong = opened(browser, path, viewport={"width": 390, "height": 844})
+    page.locator("#frontier g.point").last.wait_for()
+    assert time.monotonic() - begun < 2
+    assert wrong == []
+    shown = "s => s.getBoundingClientRect().width / s.viewBox.baseVal.width"
+    for chart in page.locator("svg").all():
+        assert chart.evaluate(shown) > 0.95, "its text is as large as the page's"
+    widths = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert widths[0] <= widths[1], "nothing but the tables scrolls sideways"
 
 
 @needs_chromium
