@@ -83,7 +83,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} is unusable: {error}") from error
     except (KeyError, TypeError, ValueError, ValidationError, UserError) as error:
-        raise CheckpointError(f"checkpoint {path} has unusable metadata: {error!r}") from error
+        reason = " ".join(repr(error).split())  # pydantic's has several lines.
+        raise CheckpointError(f"checkpoint {path} has unusable metadata: {reason}") from error
     return Checkpoint(model, charset, max_width, metadata.get("stage", "?"))
 
 
