@@ -46,6 +46,7 @@ def own_share(size: int) -> slice:
     """The part of a batch of so many lines that this process computes.
 
     Of a batch that is smaller than the group every process computes all: their mean is the same.
+    (BatchNorm's running variance, which is corrected for the number of values, takes it for more.)
     """
     count, number = processes(), rank()
     if size < count:

@@ -30,11 +30,15 @@ def round_weight(weight: Tensor) -> Tensor:
     )
 
 
-def round_input(given: Tensor) -> Tensor:
-    """An input on the grid of uint8 between its smallest value and its largest, 0 among them."""
+def round_input(given: Tensor, training: bool) -> Tensor:
+    """An input on the grid of uint8 between its smallest value and its largest, 0 among them.
+
+    In training these are of the whole batch; evaluation has other batches in each process.
+    """
     given = given.float()
     low, high = given.detach().aminmax()
-    high, minus_low = maximum(torch.stack([high, -low])).clamp(min=0)
+    ends = torch.stack([high, -low])
+    high, minus_low = (maximum(ends) if training else ends).clamp(min=0)
     low = -minus_low
     scale = ((high - low) / LARGEST_INPUT).clamp(min=SMALLEST_SCALE)
     zero = (-low / scale).round().to(torch.int32)
@@ -44,13 +48,13 @@ def round_input(given: Tensor) -> Tensor:
 class _RoundedConv2d(nn.Conv2d):
     def forward(self, given: Tensor) -> Tensor:
         weight = round_weight(self.weight)
-        output: Tensor = self._conv_forward(round_input(given), weight, self.bias)
+        output: Tensor = self._conv_forward(round_input(given, self.training), weight, self.bias)
         return output
 
 
 class _RoundedLinear(nn.Linear):
     def forward(self, given: Tensor) -> Tensor:
-        return F.linear(round_input(given), round_weight(self.weight), self.bias)
+        return F.linear(round_input(given, self.training), round_weight(self.weight), self.bias)
 
 
 ROUNDED: dict[type[nn.Module], type[nn.Module]] = {

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from crnn.data.batches import (
     training_batches,
 )
 from crnn.devices import autocast
-from crnn.distributed import mean, together, weight
+from crnn.distributed import in_turn, mean, together, weight
 from crnn.errors import NonFiniteLossError
 from crnn.evaluation import frame_lengths
 from crnn.networks.recogniser import Recogniser
@@ -261,7 +262,8 @@ def recalibrate(model: Recogniser, lines: Lines) -> None:
 
 
 def _non_finite(value: float, epoch: int, step: int, batch: Batch) -> NonFiniteLossError:
+    names = chain.from_iterable(in_turn([batch.names]))
     return NonFiniteLossError(
         f"the loss became {value} in epoch {epoch + 1}, step {step + 1}; lower the learning rate,"
-        f" or look at the samples of that batch: {', '.join(batch.names)}"
+        f" or look at the samples of that batch: {', '.join(names)}"
     )

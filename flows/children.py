@@ -29,6 +29,9 @@ SHARING = {"GOMP_SPINCOUNT": "20000"}
 """GNU OpenMP: how long a thread spins for the next piece of work before it sleeps. Its default of
 milliseconds makes training beside any other process nearly twice as slow."""
 
+OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Variables of a launcher that the pipeline itself may run under; a stage has one of its own."""
+
 KEPT = "finished stages and epochs are kept, run the same command to go on"
 
 _stop = threading.Event()
@@ -87,19 +90,21 @@ def run_child(
     watcher = threading.Thread(target=_kill_when_stopped, args=(child,), daemon=True)
     watcher.start()
     outcome: dict[str, Any] | None = None
+    patience = 10
     try:
         for line in output:
             event = json.loads(line)
             if event["event"] == "done":
                 outcome = event
             elif event["event"] == "refused":
+                patience = 0
                 raise getattr(errors, event["kind"], UserError)(event["message"])
             else:
                 on_event(event)
     finally:
         output.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0 if _stop.is_set() else 10)
+            child.wait(0 if _stop.is_set() else patience)
         _kill(child)
         child.wait()
     if _stop.is_set() and outcome is None:
@@ -114,7 +119,8 @@ def run_child(
 
 def _started(folder: Path, lock: int) -> tuple[Child, IO[bytes]]:
     """The process of a stage, and what it prints."""
-    job, environment = folder / "job.json", {**SHARING, **os.environ}
+    job = folder / "job.json"
+    environment = {**SHARING, **{n: v for n, v in os.environ.items() if n not in OF_LAUNCHERS}}
     with (folder / "worker.log").open("ab") as log:
         if sys.platform == "linux":
             theirs, ours = os.pipe()[::-1]

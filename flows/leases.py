@@ -1,16 +1,19 @@
 """One computation of a stage at a time over all machines that share a store and a Prefect server.
 
-A lease is a slot of a global concurrency limit of Prefect's. It is renewed while its holder lives
-and runs out LEASE_SECONDS after it has died. A holder that was only cut off may come back late: the
-store then has what the next one made, and keeps that.
+A lease is the only slot of a global concurrency limit of Prefect's, named after the stage. It is
+renewed for as long as its holder lives and reaches the server, and runs out LEASE_SECONDS after the
+last time. A holder that lost it computes on; the store then has what the next one made, or this
+one, whichever was first.
 """
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from uuid import UUID
 
-from prefect.client.orchestration import get_client
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
-from prefect.concurrency.sync import concurrency
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from crnn.errors import StoppedError
 from flows import store
@@ -18,7 +21,8 @@ from flows import store
 LEASE_SECONDS = 60
 """The shortest that Prefect allows."""
 
-ASK_SECONDS = 5
+RENEW_SECONDS = 15
+ASK_SECONDS = 2
 
 
 @contextmanager
@@ -34,34 +38,56 @@ def lease(key: str, stopping: Callable[[], bool], say: Callable[[str], None]) ->
         yield
         return
     name = f"crnn-slim {key}"
-    with ExitStack() as held:
-        told = False
-        while not _took(held, name):
+    with get_client(sync_client=True) as client:
+        held, told = _taken(client, name), False
+        while held is None:
             if not told:
                 say(f"{key}: waiting for another machine")
                 told = True
             if stopping():
                 raise StoppedError(f"stopped while waiting for {key}")
-        try:
-            yield
-        finally:
-            # While it is held: who waits makes a new one, and nobody loses one just taken.
-            with suppress(Exception), get_client(sync_client=True) as client:
-                client.delete_global_concurrency_limit_by_name(name)
+            threading.Event().wait(ASK_SECONDS)
+            held = _taken(client, name)
+    done = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(held, done), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        done.set()
+        renewing.join()
+        _give_back(held, name)
 
 
-def _took(held: ExitStack, name: str) -> bool:
-    with get_client(sync_client=True) as client:
+def _taken(client: SyncPrefectClient, name: str) -> UUID | None:
+    """The lease, where nobody else has it."""
+    # Another machine may make the limit at the same time, or delete it in between.
+    with suppress(ObjectAlreadyExists):
         client.upsert_global_concurrency_limit_by_name(name, 1)
-    slot = concurrency(
-        name,
-        timeout_seconds=ASK_SECONDS,
-        lease_duration=LEASE_SECONDS,
-        strict=True,
-        raise_on_lease_renewal_failure=False,  # The store takes no second result.
-    )
-    # The one who held it may have deleted it since; a server that is away fails above.
-    with suppress(TimeoutError, ConcurrencySlotAcquisitionError):
-        held.enter_context(slot)
-        return True
-    return False
+    try:
+        answer = client.increment_concurrency_slots_with_lease(
+            [name], 1, "concurrency", LEASE_SECONDS
+        )
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == httpx.codes.LOCKED:
+            return None
+        raise
+    given = answer.json()
+    return UUID(given["lease_id"]) if given["limits"] else None
+
+
+def _renew(held: UUID, done: threading.Event) -> None:
+    """Renew the lease again and again; a server that is away may be back before it has run out."""
+    with get_client(sync_client=True) as client:
+        while not done.wait(RENEW_SECONDS):
+            with suppress(Exception):
+                client.renew_concurrency_lease(held, LEASE_SECONDS)
+
+
+def _give_back(held: UUID, name: str) -> None:
+    """Delete the limit and the lease on it. One that ran out may be another machine's by now."""
+    with suppress(Exception), get_client(sync_client=True) as client:
+        client.renew_concurrency_lease(held, LEASE_SECONDS)  # Refused where it has run out.
+        with suppress(ObjectNotFound):
+            client.delete_global_concurrency_limit_by_name(name)
+        client.release_concurrency_slots_with_lease(held)

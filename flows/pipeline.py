@@ -17,7 +17,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from crnn.errors import StoppedError, UserError
+from crnn.errors import SettingsError, StoppedError, UserError
 from crnn.settings import ExportSettings, QuantizeSettings, TeacherSettings
 from flows import cache, children, definitions, display, project, report, servers, store
 from flows.cache import READINESS, Manifest, Stage
@@ -30,6 +30,7 @@ from flows.page import details_of
 from flows.registry import Champion
 from flows.rows import INT8, QAT, Row, Variant, base_point, mean_of_seeds, row_of
 from flows.running import Context, find_or_compute, parallel_finetunes
+from flows.server import is_own
 from flows.tracking import Tracker
 from flows.views import FRONTIER, page_of_view
 
@@ -180,6 +181,11 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     project.configure_environment()  # A worker of Prefect's comes here directly.
     children.restart()
     store.use(experiment.execution.store)
+    if experiment.execution.store and is_own():
+        raise SettingsError(
+            "execution.store needs a Prefect server that all machines use, and there is none: set"
+            " PREFECT_API_URL, or let `crnn-slim up` run on this one"
+        )
     tracker = Tracker(experiment.name, display.say)
     forecast = forecast_of(experiment, parallel_finetunes(experiment))
     context = Context(experiment, tracker, [], forecast, experiment.training_seeds[0])

@@ -21,6 +21,9 @@ QAT, INT8 = " qat", " int8"
 OVER_TORCH = "_over_torch"
 """Behind the name of a speed-up: over the baseline in torch, not in the same runtime."""
 
+TIMED = ("latency/", "speedup/")
+"""Before the names of figures of a latency stage."""
+
 TRAINED, EXPORTED = "trained", "exported"
 """Before the name of a point: its checkpoint, and its file for other runtimes."""
 
@@ -136,6 +139,9 @@ def mean_of_seeds(rows: Mapping[int, Row]) -> Row:
     first = next(iter(rows.values()))
     if len(rows) == 1:
         return first
+    # Machines differ in what they can time: what was not timed for every seed is left out.
+    common = set.intersection(*(set(_figures(row)) for row in rows.values()))
+    first = {n: v for n, v in first.items() if n in common or not n.startswith(TIMED)}
     means = {name: mean(row[name] for row in rows.values()) for name in _figures(first)}
     accuracies = [row[ACCURACY] for row in rows.values()]
     low, high = interval_of_seeds(accuracies, means["val/samples"])

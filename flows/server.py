@@ -21,6 +21,14 @@ from flows.locks import single_flight
 RESTARTS = 3
 
 
+_own = False
+
+
+def is_own() -> bool:
+    """Whether the server that this process uses is one that nobody else can use."""
+    return _own or "PREFECT_API_URL" not in os.environ
+
+
 def start_server() -> Callable[[], None]:
     """Start a server in the background, unless PREFECT_API_URL names one or `up` has one.
 
@@ -34,6 +42,8 @@ def start_server() -> Callable[[], None]:
     if there := servers.running():
         os.environ["PREFECT_API_URL"] = f"{there.prefect}/api"
         return lambda: None
+    global _own
+    _own = True
     port = _free_port()
     log = Path(os.environ["PREFECT_HOME"]) / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,9 @@ from flows import project
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
+
+LEASES_IN_FILES = "prefect.server.concurrency.lease_storage.filesystem"
+"""Prefect forgets in a restart the leases it has in memory, and then never frees their slots."""
 START_SECONDS = 120
 """A fresh database takes 13 s on a small machine."""
 
@@ -116,7 +119,8 @@ def _served(name: str, command: Command, page: str, log: Path) -> Iterator[Calla
     """Run a server; what is yielded waits until it answers."""
     guarded = [sys.executable, "-P", "-m", "flows.children", str(os.getpid()), *command]
     # Prefect's pages ask the address that they are told, not the one that they came from.
-    environment = {**os.environ, "PREFECT_SERVER_UI_API_URL": f"{page}/api"}
+    defaults = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES_IN_FILES}
+    environment = {**defaults, **os.environ, "PREFECT_SERVER_UI_API_URL": f"{page}/api"}
     with log.open("wb") as out:
         server = subprocess.Popen(
             guarded,

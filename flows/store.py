@@ -8,7 +8,7 @@ takes what is there.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,8 @@ def fetch(digests: dict[str, str], folder: Path) -> None:
             except FileNotFoundError as error:
                 raise DamagedFileError(f"{name} is missing") from error
             if sha256(path) != digest:
-                obstore.delete(store, _content(digest))
+                with suppress(FileNotFoundError):  # Another one has found it at the same time.
+                    obstore.delete(store, _content(digest))
                 raise DamagedFileError(f"{name} has other bytes than its manifest says")
 
 
@@ -115,7 +116,7 @@ def forget(key: str) -> None:
     Raises:
         StoreError: The store cannot be reached.
     """
-    with _reaching():
+    with _reaching(), suppress(FileNotFoundError):
         _obstore().delete(_store(), _manifest(key))
 
 

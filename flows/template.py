@@ -15,8 +15,9 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PR_SET_CHILD_SUBREAPER = 36
 """prctl(2): orphans become children of this process."""
@@ -30,8 +31,24 @@ ANSWER_SECONDS = 120
 """For the imports and a copy; a template that takes longer is replaced."""
 
 _lock = threading.Lock()
-_template: tuple[subprocess.Popen[bytes], socket.socket] | None = None
-"""The process, once there is one, and where it is asked for copies."""
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The template, as its pipeline sees it.
+
+    Attributes:
+        process: Itself.
+        requests: Where it is asked for copies.
+        environment: What it was started with.
+    """
+
+    process: subprocess.Popen[bytes]
+    requests: socket.socket
+    environment: dict[str, str]
+
+
+_template: _Template | None = None
 
 
 class Copy:
@@ -51,7 +68,10 @@ class Copy:
         """What it ended with; None while it runs."""
         with self._waiting:
             if self.returncode is None:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                try:
+                    pid, status = os.waitpid(self.pid, os.WNOHANG)
+                except ChildProcessError:  # Somebody else has waited for it.
+                    pid, status = self.pid, 0
                 if pid:
                     self.returncode = os.waitstatus_to_exitcode(status)
             return self.returncode
@@ -80,24 +100,34 @@ def start(job: Path, output: int, log: int, lock: int, environment: dict[str, st
         lock: Descriptor that it holds for as long as it lives.
         environment: Its variables.
     """
-    request = {"job": str(job), "environment": environment, "folder": str(Path.cwd())}
     with _lock:
         try:
-            return _ask(request, [output, log, lock], environment)
+            return _ask(job, [output, log, lock], environment)
         except (OSError, ValueError):  # The template was killed: there is a new one.
             _forget()
-            return _ask(request, [output, log, lock], environment)
+        try:
+            return _ask(job, [output, log, lock], environment)
+        except (OSError, ValueError) as error:
+            _forget()
+            raise RuntimeError(
+                f"no process can be started for {job} ({error}); what it printed is above"
+            ) from error
 
 
-def _ask(
-    request: Mapping[str, object], descriptors: list[int], environment: dict[str, str]
-) -> Copy:
-    _, requests = _template or _started(environment)
-    socket.send_fds(requests, [json.dumps(request).encode()], descriptors)
-    return Copy(int(requests.recv(32)))
+def _ask(job: Path, descriptors: list[int], environment: dict[str, str]) -> Copy:
+    template = _template or _started(environment)
+    changes = environment.items() - template.environment.items()
+    request = {
+        "job": str(job),
+        "folder": str(Path.cwd()),
+        "set": dict(changes),
+        "unset": sorted(template.environment.keys() - environment.keys()),
+    }
+    socket.send_fds(template.requests, [json.dumps(request).encode()], descriptors)
+    return Copy(int(template.requests.recv(32)))
 
 
-def _started(environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _started(environment: dict[str, str]) -> _Template:
     global _template
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -112,7 +142,7 @@ def _started(environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], sock
             start_new_session=True,
         )
     ours.settimeout(ANSWER_SECONDS)
-    _template = process, ours
+    _template = _Template(process, ours, environment)
     return _template
 
 
@@ -120,10 +150,9 @@ def _forget() -> None:
     """Leave a template that does not answer: it ends when nobody can ask it any more."""
     global _template
     if _template:
-        process, requests = _template
-        requests.close()
-        process.kill()
-        process.wait()
+        _template.requests.close()
+        _template.process.kill()
+        _template.process.wait()
     _template = None
 
 
@@ -140,21 +169,33 @@ def main() -> None:
         _copy(requests, json.loads(content), descriptors)
 
 
-def _copy(requests: socket.socket, request: Mapping[str, object], descriptors: list[int]) -> None:
+def _copy(requests: socket.socket, request: Mapping[str, Any], descriptors: list[int]) -> None:
     """Start a process that is the grandchild of this one, and so the pipeline's child."""
     between = os.fork()
     if between == 0:
-        between = os.getpid()
-        if os.fork() == 0:
-            _be_worker(between, requests, request, descriptors)
-        os._exit(0)
-    os.waitpid(between, 0)
+        _fork_again(requests, request, descriptors)
+    _, status = os.waitpid(between, 0)
+    if status:
+        requests.send(b"none")
     for descriptor in descriptors:
         os.close(descriptor)
 
 
+def _fork_again(
+    requests: socket.socket, request: Mapping[str, Any], descriptors: list[int]
+) -> NoReturn:
+    code = 1
+    try:
+        between = os.getpid()
+        if os.fork() == 0:
+            _be_worker(between, requests, request, descriptors)
+        code = 0
+    finally:
+        os._exit(code)
+
+
 def _be_worker(
-    between: int, requests: socket.socket, request: Mapping[str, object], descriptors: list[int]
+    between: int, requests: socket.socket, request: Mapping[str, Any], descriptors: list[int]
 ) -> NoReturn:
     code = 1
     try:
@@ -176,18 +217,18 @@ def _be_worker(
         os._exit(code)
 
 
-def _take_over(request: Mapping[str, object]) -> None:
+def _take_over(request: Mapping[str, Any]) -> None:
     """Do what `python -m flows.worker JOB` does, and look like it."""
     import setproctitle
 
     from flows import worker
 
-    job, environment = str(request["job"]), request["environment"]
-    assert isinstance(environment, dict)
+    job = request["job"]
     setproctitle.setproctitle(f"{sys.executable} -P -m flows.worker {job}")
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(str(request["folder"]))
+    for name in request["unset"]:
+        os.environ.pop(name, None)
+    os.environ.update(request["set"])
+    os.chdir(request["folder"])
     sys.argv = ["flows.worker", job]
     worker.main()
 

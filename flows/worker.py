@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Emit = Callable[[dict[str, Any]], None]
 
+LAUNCHER = "CRNN_SLIM_LAUNCHER"
+"""Variable that tells a process of several which one launched it."""
+
 RANK = "RANK"
 """Variable in which torch's launcher gives a process its number."""
 
@@ -34,10 +37,11 @@ RESTARTS = 3
 def main() -> None:
     """Compute the stage of the job file and report its outcome."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    launched = RANK in os.environ
+    launcher = os.environ.get(LAUNCHER)
+    launched = launcher is not None
     if launched:
         _die_with_parent()
-    end_with_parent(os.getppid() if launched else job["parent"])
+    end_with_parent(int(launcher or job["parent"]))
     if job["processes"] > 1 and not launched:
         _launch(job)
         return
@@ -65,8 +69,10 @@ def _launch(job: dict[str, Any]) -> None:
 
     One that dies takes the others with it, and all start again from the last finished epoch.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job["cpus"])
     config = LaunchConfig(
         min_nodes=1,
@@ -77,6 +83,7 @@ def _launch(job: dict[str, Any]) -> None:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=RESTARTS,
+        logs_specs=DefaultLogsSpecs(log_dir=str(Path(job["folder"]) / "launcher")),
     )
     elastic_launch(config, sys.executable)("-P", "-m", "flows.worker", sys.argv[1])
 

@@ -1,5 +1,9 @@
 """Points in 8 bits, and what is done where rounding costs too much."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,3 +79,26 @@ def test_a_network_is_trained_on_for_8_bits(exported: Exported, tmp_path: Path) 
     after = load_checkpoint(work.out / result).model.state_dict()
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
     assert not torch.equal(before["cnn.0.weight"], after["cnn.0.weight"])
+
+
+def test_two_processes_train_for_8_bits_as_one_does(exported: Exported, tmp_path: Path) -> None:
+    project, _ = exported
+    made = {label: project.manifests()[label] for label in ("data", "finetune 0.6")}
+    inputs = {"data": made["data"], "model": made["finetune 0.6"]}
+    settings = {"seed": 0, "train": {**TRAINING, "precision": "float32"}}
+    losses = []
+    for processes in (1, 2):
+        work = work_of(project, "qat", inputs, tmp_path / str(processes), **settings)
+        job = {
+            **work.job,
+            "processes": processes,
+            "parent": os.getpid(),
+            "folder": str(work.folder),
+        }
+        (work.folder / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, "-m", "flows.worker", str(work.folder / "job.json")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert json.loads(done.stdout.splitlines()[-1])["event"] == "done", done.stderr
+        lines = (work.out / HISTORY).read_text().splitlines()
+        losses.append([json.loads(line)["train/loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)

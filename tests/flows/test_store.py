@@ -135,6 +135,15 @@ def test_an_address_that_is_none_is_refused(tmp_path: Path, address: str, reason
     assert reason in project.run(*command, code=2).stderr
 
 
+def test_a_store_without_a_server_for_all_is_refused(tmp_path: Path, folder_store: str) -> None:
+    project = machines(tmp_path, folder_store)[0]
+    options = {**project.options(), "capture_output": True}
+    del options["env"]["PREFECT_API_URL"]
+    refused = subprocess.run(project.command("frontier", str(project.params)), **options)
+    assert refused.returncode == 2
+    assert "needs a Prefect server that all machines use" in refused.stderr
+
+
 @needs_cluster
 def test_another_machine_goes_on_when_one_dies(tmp_path: Path, s3: dict[str, str]) -> None:
     one, other = machines(tmp_path, "s3://slim/dies", **LONG)
