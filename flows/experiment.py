@@ -58,7 +58,7 @@ class ExecutionSettings(Settings):
     parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     processes: Annotated[int, Field(ge=1, le=64)] = 1
-    store: Annotated[str, Field(pattern=r"^[a-z0-9]+://")] | None = None
+    store: Annotated[str, Field(pattern=r"^(s3|gs|az|file)://.")] | None = None
     retries: Annotated[int, Field(ge=0, le=10)] = 0
     retry_seconds: Annotated[float, Field(gt=0)] = 60
 

@@ -123,16 +123,12 @@ def test_two_machines_at_once_compute_each_stage_once(tmp_path: Path, folder_sto
 
 
 @pytest.mark.parametrize(
-    ("address", "reason"),
-    [
-        ("http://nowhere/store", "execution.store is an address like s3://bucket/prefix"),
-        ("folder/store", "execution.store: string should match pattern"),
-    ],
+    "address", ["http://nowhere/store", "folder/store", "s3://", "file://not/absolute"]
 )
-def test_an_address_that_is_none_is_refused(tmp_path: Path, address: str, reason: str) -> None:
+def test_an_address_that_is_none_is_refused(tmp_path: Path, address: str) -> None:
     project = new_project(tmp_path)
     command = ["frontier", str(project.params), "--set", f"execution.store={address}"]
-    assert reason in project.run(*command, code=2).stderr
+    assert "execution.store" in project.run(*command, code=2).stderr
 
 
 def test_a_store_without_a_server_for_all_is_refused(tmp_path: Path, folder_store: str) -> None:
