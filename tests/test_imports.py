@@ -14,7 +14,7 @@ FORBIDDEN = {
 }
 ONLY_IN = {
     "mlflow": {"registry.py", "serving.py", "tracking.py"},
-    "prefect": {"flow_runs.py", "pipeline.py", "schedule.py", "server.py"},
+    "prefect": {"flow_runs.py", "leases.py", "pipeline.py", "schedule.py", "server.py"},
 }
 
 

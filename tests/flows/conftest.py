@@ -105,8 +105,8 @@ def runs_of(project: Project, kind: str, experiment_name: str = "tiny") -> dict[
     experiment = client.get_experiment_by_name(experiment_name)
     found = client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
     # Networks are timed anew, all together, when one is added.
-    found = [run for run in found if run.info.run_name != "latency"]
-    assert len({run.info.run_name for run in found}) == len(found)
+    once = [run.info.run_name for run in found if run.info.run_name != "latency"]
+    assert len(set(once)) == len(once)
     return {run.info.run_name: run for run in found}
 
 

@@ -135,4 +135,4 @@ def test_prefect_shows_how_far_a_run_is(finished: Finished, tmp_path: Path) -> N
     )
     with urllib.request.urlopen(request) as answer:
         shown = [(artifact["data"], artifact["description"]) for artifact in json.load(answer)]
-    assert (100, "10 of 10 stages") in shown
+    assert (100, "11 of 11 stages") in shown

@@ -240,7 +240,7 @@ def test_two_pipelines_at_once_compute_each_stage_once(tmp_path: Path) -> None:
     results = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], results
     computed = [label for output, _ in results for label in json.loads(output)["computed"]]
-    assert len(computed) == len(set(computed)) == 10
+    assert len(computed) == len(set(computed)) == 11
     first, second = (json.loads(output)["rows"] for output, _ in results)
     assert first == second
 
