@@ -200,7 +200,9 @@ class Tracker:
 
     def finish(self, manifest: Manifest) -> None:
         """Complete the run of a finished stage, whatever of it is missing."""
-        self._unrecorded[manifest.key] = manifest
+        # In the thread, in its turn: were it known there before, the end of another stage would
+        # record it, and its own beginning, still to come, open its run again.
+        self._thread.submit(self._unrecorded.__setitem__, manifest.key, manifest)
         self._later(self._finish_all)
 
     def _finish_all(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 from mlflow.entities import Run
 
 from flows import cache
+from flows.definitions import VERSIONS
 from flows.tracking import Tracker
 from tests.flows.conftest import Project, client_of, copy_of, new_project, runs_of
 
@@ -142,6 +143,26 @@ def test_a_store_that_is_back_before_the_end_is_filled_by_the_same_run(
     assert set(runs) == set(project.manifests())
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert len(warnings) == 1
+
+
+def test_a_stage_that_ends_before_its_beginning_is_recorded_is_finished(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    store = project.home / "mlflow" / "mlflow.db"
+    store.unlink()
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
+    folders = {folder.name.split("-")[0]: folder for folder in project.home.glob("stages/*")}
+    short, other = (cache.verified(folders[stage]) for stage in ("data", "baseline"))
+    begun = cache.Stage("data", "data", short.settings, {}, VERSIONS["data"])
+    assert begun.key == short.key
+    tracker = Tracker("tiny", print)  # It connects, while all this happens.
+    tracker.finish(other)
+    tracker.begin(begun)
+    tracker.finish(short)
+    tracker.ask(lambda: None)
+    assert {run.info.status for run in runs_of(project, "stage").values()} == {"FINISHED"}
 
 
 def test_a_process_that_dies_while_it_makes_the_store_leaves_none(tmp_path: Path) -> None:
