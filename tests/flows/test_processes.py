@@ -62,7 +62,8 @@ def ranks(project: Project) -> list[int]:
             environment = (folder / "environ").read_bytes()
         except OSError:
             continue  # It has ended.
-        if f"{project.home}/work/sparse-".encode() in command and b"\0RANK=" in environment:
+        place = str(project.home / "work" / "sparse-").encode()
+        if place in command and b"\0RANK=" in environment:
             found.append(int(folder.name))
     return sorted(found)
 
