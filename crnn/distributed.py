@@ -5,6 +5,7 @@ padded to one width, losses and gradients are means over the whole batch, and so
 of BatchNorm. Without a process group all of this does nothing.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -35,7 +36,13 @@ def group() -> Iterator[None]:
     device = best_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, number, count = next(dist.rendezvous("env://"))
+    # The launcher's store outlives a group: without names of its own, one that is started again
+    # finds the addresses of the last one's processes, and may wait for them for ever.
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count
+    )
     try:
         yield
     finally:

@@ -163,10 +163,9 @@ def _fetched(key: str, content: bytes, log: Callable[[str], None]) -> Manifest |
     try:
         fresh.mkdir(parents=True)
         try:
-            manifest = _parsed(content)
-            store.fetch(_digests(manifest), fresh)
+            manifest = _parsed(content, key)
+            store.fetch(_digests(manifest), fresh)  # It hashes what it writes.
             write_atomic(fresh / MANIFEST, content)
-            verified(fresh)
         except (DamagedError, store.DamagedFileError) as damage:
             store.forget(key)
             log(f"{key}: what is in the store is damaged ({damage}); it is shared anew")
@@ -192,11 +191,9 @@ def verified(folder: Path) -> Manifest:
         DamagedError: Anything missing, of another size or of other bytes.
     """
     try:
-        manifest = _parsed((folder / MANIFEST).read_bytes())
+        manifest = _parsed((folder / MANIFEST).read_bytes(), folder.name)
     except OSError as error:
         raise DamagedError(f"manifest unreadable ({type(error).__name__})") from error
-    if manifest.key != folder.name:
-        raise DamagedError(f"manifest is of another stage ({manifest.key})")
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -206,11 +203,11 @@ def verified(folder: Path) -> Manifest:
     return manifest
 
 
-def _parsed(written: bytes) -> Manifest:
-    """A manifest from the bytes of its file.
+def _parsed(written: bytes, key: str) -> Manifest:
+    """The manifest of a stage from the bytes of its file.
 
     Raises:
-        DamagedError: They are not those that were written.
+        DamagedError: They are not those that were written, or of another stage.
     """
     try:
         content = json.loads(written)
@@ -222,6 +219,8 @@ def _parsed(written: bytes) -> Manifest:
         raise DamagedError(f"manifest unreadable ({type(error).__name__})") from error
     if written != _sealed(manifest):
         raise DamagedError("the manifest has other bytes than were written")
+    if manifest.key != key:
+        raise DamagedError(f"manifest is of another stage ({manifest.key})")
     return manifest
 
 

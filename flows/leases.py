@@ -7,6 +7,7 @@ one, whichever was first.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from uuid import UUID
@@ -46,7 +47,7 @@ def lease(key: str, stopping: Callable[[], bool], say: Callable[[str], None]) ->
                 told = True
             if stopping():
                 raise StoppedError(f"stopped while waiting for {key}")
-            threading.Event().wait(ASK_SECONDS)
+            time.sleep(ASK_SECONDS)
             held = _taken(client, name)
     done = threading.Event()
     renewing = threading.Thread(target=_renew, args=(held, done), daemon=True)

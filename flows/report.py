@@ -13,7 +13,7 @@ import numpy as np
 from crnn.files import write_atomic
 from flows.comparison import accuracy, comparisons
 from flows.listing import ROWS
-from flows.rows import ACCURACY, OVER_TORCH, Row
+from flows.rows import ACCURACY, INT8, OVER_TORCH, Row
 
 if TYPE_CHECKING:  # The pipeline's own process does without torch.
     from pruning.readiness import Readiness
@@ -251,7 +251,7 @@ def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
 
 def _name_point(axes: Any, row: Row, cost: str) -> None:
     """Write its name beside a point: of those in 8 bits, which have a mark of their own, left."""
-    place, name = (row[cost], 100 * row[ACCURACY]), row["point"].removesuffix(" int8")
+    place, name = (row[cost], 100 * row[ACCURACY]), row["point"].removesuffix(INT8)
     left = _kind(row) == "int8"
     offset, side = ((-5, -9), "right") if left else ((5, 4), "left")
     axes.annotate(name, place, offset, textcoords="offset points", ha=side, fontsize=8)

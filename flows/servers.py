@@ -23,6 +23,7 @@ MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 
 LEASES_IN_FILES = "prefect.server.concurrency.lease_storage.filesystem"
 """Prefect forgets in a restart the leases it has in memory, and then never frees their slots."""
+
 START_SECONDS = 120
 """A fresh database takes 13 s on a small machine."""
 

@@ -60,7 +60,7 @@ def manifest_of(key: str) -> bytes | None:
 
 
 def fetch(digests: dict[str, str], folder: Path) -> None:
-    """Write files, by name and SHA-256, into a folder.
+    """Write files, by name and SHA-256, into a folder, and prove each by its hash.
 
     Raises:
         StoreError: The store cannot be reached.

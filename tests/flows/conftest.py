@@ -139,6 +139,15 @@ def wait_for(address: str, seconds: float = 60) -> bytes:
             time.sleep(0.3)
 
 
+def wait_for_epoch(project: Project, running: subprocess.Popen[str]) -> None:
+    """Until a running pipeline has finished an epoch of its sparse stage."""
+    deadline = time.monotonic() + 120
+    while not list(project.home.glob("work/sparse-*/state.safetensors")):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Prefect server for all tests: a pipeline that starts its own takes ten seconds."""

@@ -4,12 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import Project, computed, new_project
+from tests.flows.conftest import Project, computed, new_project, wait_for_epoch
 
 FLOAT = {
     "baseline": {"epochs": 3, "batch_size": 15, "precision": "float32"},
@@ -72,11 +71,7 @@ def begun(project: Project) -> subprocess.Popen[str]:
     """The experiment on two processes, as soon as an epoch of its sparse stage is done."""
     command = project.command("frontier", str(project.params))
     running = subprocess.Popen(command, **project.options())
-    deadline = time.monotonic() + 120
-    while not list(project.home.glob("work/sparse-*/state.safetensors")):
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_epoch(project, running)
     return running
 
 

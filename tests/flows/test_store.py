@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.flows.conftest import LONG, Project, free_port, new_project, wait_for
+from tests.flows.conftest import (
+    LONG,
+    Project,
+    free_port,
+    new_project,
+    wait_for,
+    wait_for_epoch,
+)
 
 needs_cluster = pytest.mark.skipif(
     not os.environ.get("CRNN_SLIM_CLUSTER_TEST") or find_spec("moto") is None,
@@ -77,15 +83,6 @@ def start(project: Project) -> subprocess.Popen[str]:
     command = project.command("frontier", str(project.params), "--json")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, start_new_session=True, **pipes, **project.options())
-
-
-def wait_for_epoch(project: Project, running: subprocess.Popen[str]) -> None:
-    """Until an epoch of the sparse stage is done there."""
-    deadline = time.monotonic() + 120
-    while not list(project.home.glob("work/sparse-*/state.safetensors")):
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_what_one_machine_has_computed_the_other_takes(tmp_path: Path, folder_store: str) -> None:

@@ -121,12 +121,18 @@ def test_a_store_that_cannot_be_reached_costs_nothing_and_is_filled_later(
     assert [m.step for m in history] == [1]
 
 
+def without_store(finished: Finished, folder: Path) -> tuple[Project, Path]:
+    """The finished project of which MLflow knows nothing, and where its store will be."""
+    project = copy_of(finished, folder)
+    store = project.home / "mlflow" / "mlflow.db"
+    store.unlink()
+    return project, store
+
+
 def test_a_store_that_is_back_before_the_end_is_filled_by_the_same_run(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = copy_of(finished, tmp_path / "copy")
-    store = project.home / "mlflow" / "mlflow.db"
-    store.unlink()
+    project, store = without_store(finished, tmp_path / "copy")
     monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -148,9 +154,7 @@ def test_a_store_that_is_back_before_the_end_is_filled_by_the_same_run(
 def test_a_stage_that_ends_before_its_beginning_is_recorded_is_finished(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = copy_of(finished, tmp_path / "copy")
-    store = project.home / "mlflow" / "mlflow.db"
-    store.unlink()
+    project, store = without_store(finished, tmp_path / "copy")
     monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
     folders = {folder.name.split("-")[0]: folder for folder in project.home.glob("stages/*")}
