@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from crnn.devices import best_device
@@ -36,10 +38,10 @@ def group() -> Iterator[None]:
     device = best_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, number, count = next(dist.rendezvous("env://"))
+    store, number, count = next(rendezvous("env://"))
     # The launcher's store outlives a group: without names of its own, one that is started again
     # finds the addresses of the last one's processes, and may wait for them for ever.
-    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count
     )

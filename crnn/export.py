@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -28,6 +29,13 @@ from crnn.reading import CLASSES, DIGEST, FORMAT, IMAGES, METADATA, PIXELS, PROB
 from crnn.settings import ExportSettings
 
 OPSET = 17
+
+TILE = 64
+"""Classes that are compared at once."""
+
+NEVER = -1e4
+"""Logit of a class whose probability is 0."""
+
 PROGRAM_FORMAT = "crnn-slim-pt2/1"
 
 
@@ -47,11 +55,58 @@ class Shipped(nn.Module):
     def forward(self, given: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Pixels (N, 32, W, 3), or images (N, 3, 32, W), to what the settings say, batch first."""
         images = normalise(given.permute(0, 3, 1, 2)) if self.settings.normalise else given
-        probabilities: Tensor = self.recogniser(images).softmax(2).permute(1, 0, 2)
+        frames, _ = self.recogniser.rnn(self.recogniser.features(images))
+        probabilities = self.logits(frames.transpose(0, 1)).softmax(2)
         if self.settings.output == PROBABILITIES:
             return probabilities
+        return self.best(probabilities)
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """What the LSTM gives, (N, T, C), to (N, T, K)."""
+        logits: Tensor = self.recogniser.head(frames)
+        return logits
+
+    def best(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Class and probability of the best of each frame, (N, T) both."""
         best, classes = probabilities.max(2)
         return classes, best
+
+
+class _ForOnnxruntime(Shipped):
+    """The same, in operations at which onnxruntime is fast."""
+
+    def __init__(self, recogniser: Recogniser, settings: ExportSettings) -> None:
+        super().__init__(recogniser, settings)
+        whole = settings.output == PROBABILITIES
+        self.head = self.recogniser.head if whole else _filled_up(self.recogniser.head)
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """A head that is given a matrix is one operation, its bias included."""
+        lines, steps = frames.shape[:2]
+        flat: Tensor = self.head(frames.flatten(0, 1))
+        return flat.reshape(lines, steps, -1)
+
+    def best(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """First the best tile, then the best class in it.
+
+        The largest of many values is found many at a time, its place one by one.
+        """
+        tiles = probabilities.reshape(*probabilities.shape[:2], -1, TILE)
+        best, tile = tiles.amax(3).topk(1, 2)
+        places = tile.unsqueeze(3).expand(-1, -1, -1, TILE)
+        place = tiles.gather(2, places).topk(1, 3).indices
+        return (tile * TILE + place.flatten(2)).flatten(1), best.flatten(1)
+
+
+def _filled_up(head: nn.Module) -> nn.Module:
+    """A head with classes of no probability behind its own, up to a multiple of TILE."""
+    filled = copy.deepcopy(head)
+    last = filled[-1] if isinstance(filled, nn.Sequential) else filled
+    assert isinstance(last, nn.Linear)
+    more = -last.out_features % TILE
+    last.weight = nn.Parameter(F.pad(last.weight.detach(), (0, 0, 0, more)))
+    last.bias = nn.Parameter(F.pad(last.bias.detach(), (0, more), value=NEVER))
+    return filled
 
 
 def export_onnx(
@@ -65,7 +120,7 @@ def export_onnx(
         settings: What goes inside.
         provenance: Goes into the metadata as it is, beside charset and geometry.
     """
-    shipped = Shipped(checkpoint.model, settings).eval()
+    shipped = _ForOnnxruntime(checkpoint.model, settings).eval()
     name = PIXELS if settings.normalise else IMAGES
     outputs = [PROBABILITIES] if settings.output == PROBABILITIES else [CLASSES, "confidences"]
     axes = {name: {0: "N", (2 if settings.normalise else 3): "W"}}

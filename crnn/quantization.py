@@ -19,13 +19,17 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+from onnxruntime.quantization.onnx_model import ONNXModel
 
 from crnn.files import write_atomic
 from crnn.reading import PIXELS, normalised
 
-STATIC = ("Conv", "Gemm", "MatMul")
+STATIC = ("Conv", "MatMul")
 DYNAMIC = ("LSTM",)
 """Operations that are quantized, with fixed ranges and with those of each line."""
+
+BETWEEN = ("Relu", "MaxPool")
+"""Operations behind a convolution that go along: its range is then that of what is left of it."""
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]
@@ -40,7 +44,15 @@ class _Calibration(CalibrationDataReader):  # type: ignore[misc]
 
 def layers_of(path: Path) -> list[str]:
     """Names of the operations of an exported network that can be quantized, in their order."""
-    return _layers(onnx.load(path))
+    return _layers(_loaded(path))
+
+
+def _loaded(path: Path) -> onnx.ModelProto:
+    """A network whose head is a product and a sum, which is what is fast in 8 bits."""
+    network = ONNXModel(onnx.load(path))
+    network.replace_gemm_with_matmul()
+    loaded: onnx.ModelProto = network.model
+    return loaded
 
 
 def _layers(network: onnx.ModelProto) -> list[str]:
@@ -58,17 +70,17 @@ def quantize(
         batches: Lines to calibrate with, pixels (N, 32, W, 3), uint8.
         layers: Names of the operations to quantize; the others stay in float.
     """
-    network = onnx.load(path)
+    network = _loaded(path)
     name = network.graph.input[0].name
     left = [layer for layer in _layers(network) if layer not in layers]
     with tempfile.TemporaryDirectory() as folder:
         static, whole = Path(folder) / "static.onnx", Path(folder) / "whole.onnx"
         quantize_static(
-            path,
+            network,
             static,
             _Calibration(name, [b if name == PIXELS else normalised(b) for b in batches]),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(STATIC),
+            op_types_to_quantize=[*STATIC, *BETWEEN],
             nodes_to_exclude=left,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -93,7 +105,7 @@ def quantize(
 
 def _one_scale_for_heads(network: onnx.ModelProto) -> dict[str, list[dict[str, QuantType]]]:
     """Overrides for the weights of the head, whose thousands of outputs would each have a scale."""
-    heads = [node for node in network.graph.node if node.op_type in ("Gemm", "MatMul")]
+    heads = [node for node in network.graph.node if node.op_type == "MatMul"]
     weights = {tensor.name for tensor in network.graph.initializer}
     return {
         name: [{"quant_type": QuantType.QInt8}]

@@ -34,9 +34,6 @@ OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 KEPT = "finished stages and epochs are kept, run the same command to go on"
 
-_stop = threading.Event()
-
-
 Child = template.Copy | subprocess.Popen[bytes]
 
 
@@ -44,50 +41,27 @@ class ChildDiedError(RuntimeError):
     """A stage's process ended without a result or an explanation."""
 
 
-def stop() -> None:
-    """Tell every running child, and every wait, to end."""
-    _stop.set()
-
-
-def stopping() -> bool:
-    """Whether stop was called."""
-    return _stop.is_set()
-
-
-def pause(seconds: float) -> None:
-    """Wait, unless stop is called.
-
-    Raises:
-        StoppedError: stop was called.
-    """
-    if _stop.wait(seconds):
-        raise StoppedError(f"stopped; {KEPT}")
-
-
-def restart() -> None:
-    """Allow children again; called when a pipeline begins."""
-    _stop.clear()
-
-
 def run_child(
-    job: dict[str, Any], folder: Path, lock: int, on_event: Callable[[Event], None]
+    job: dict[str, Any], lock: int, on_event: Callable[[Event], None], stop: threading.Event
 ) -> dict[str, Any]:
     """Run flows.worker on a job and return what it reports at the end.
 
     Args:
-        job: As flows.worker expects it; written to job.json in the folder.
-        folder: The stage's work folder; standard error goes to worker.log there.
+        job: As flows.worker expects it; written to job.json in its work folder, where standard
+            error goes to worker.log.
         lock: Descriptor of the stage's lock, which the child holds as well.
         on_event: Called with every progress event.
+        stop: Ends the child as soon as it is set.
 
     Raises:
         UserError: What the child refused, in its words.
-        StoppedError: stop was called.
+        StoppedError: stop was set.
         ChildDiedError: The child ended in any other way; names the log file.
     """
+    folder = Path(job["folder"])
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     child, output = _started(folder, lock)
-    watcher = threading.Thread(target=_kill_when_stopped, args=(child,), daemon=True)
+    watcher = threading.Thread(target=_kill_when_stopped, args=(child, stop), daemon=True)
     watcher.start()
     outcome: dict[str, Any] | None = None
     patience = 10
@@ -104,10 +78,10 @@ def run_child(
     finally:
         output.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0 if _stop.is_set() else patience)
+            child.wait(0 if stop.is_set() else patience)
         _kill(child)
         child.wait()
-    if _stop.is_set() and outcome is None:
+    if stop.is_set() and outcome is None:
         raise StoppedError(f"stopped in {job['stage']}; {KEPT}")
     if outcome is None:
         raise ChildDiedError(
@@ -123,7 +97,7 @@ def _started(folder: Path, lock: int) -> tuple[Child, IO[bytes]]:
     environment = {**SHARING, **{n: v for n, v in os.environ.items() if n not in OF_LAUNCHERS}}
     with (folder / "worker.log").open("ab") as log:
         if sys.platform == "linux":
-            theirs, ours = os.pipe()[::-1]
+            ours, theirs = os.pipe()
             try:
                 child = template.start(job, theirs, log.fileno(), lock, environment)
             finally:
@@ -154,9 +128,9 @@ def end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _kill_when_stopped(child: Child) -> None:
+def _kill_when_stopped(child: Child, stop: threading.Event) -> None:
     while child.poll() is None:
-        if _stop.wait(TICK_SECONDS):
+        if stop.wait(TICK_SECONDS):
             _kill(child)
             child.wait()
 

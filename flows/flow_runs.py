@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
-from flows import children, project
+from flows import project
 from flows.forecast import Forecast
 from flows.locks import is_free, single_flight
 
@@ -26,12 +26,13 @@ SHOW_EVERY = 5
 
 
 @contextmanager
-def attended(experiment: str, forecast: Forecast) -> Iterator[None]:
+def attended(experiment: str, forecast: Forecast, stop: threading.Event) -> Iterator[None]:
     """Within a flow: mark the dead runs before it, show how far it is, stop it when cancelled.
 
     Args:
         experiment: Its name.
         forecast: Of the run.
+        stop: Set when the run is cancelled.
     """
     run_id = UUID(flow_run.id)
     with single_flight(_lock_of(run_id)):
@@ -42,7 +43,7 @@ def attended(experiment: str, forecast: Forecast) -> Iterator[None]:
         progress = _Progress(artifact_key("progress", experiment), forecast)
         done = threading.Event()
         context = contextvars.copy_context()  # Prefect keeps its settings there.
-        arguments = (_watch, run_id, progress, done)
+        arguments = (_watch, run_id, progress, stop, done)
         watcher = threading.Thread(target=context.run, args=arguments, daemon=True)
         watcher.start()
         try:
@@ -71,7 +72,9 @@ def _mark_dead_runs(client: SyncPrefectClient) -> None:
             (project.locks_folder() / f"{_lock_of(run.id)}.lock").unlink()
 
 
-def _watch(run_id: UUID, progress: "_Progress", done: threading.Event) -> None:
+def _watch(
+    run_id: UUID, progress: "_Progress", stop: threading.Event, done: threading.Event
+) -> None:
     """Show progress, and stop the children when the run is cancelled: Prefect cannot do that."""
     with get_client(sync_client=True) as client:
         for asked in itertools.count(1):
@@ -80,7 +83,7 @@ def _watch(run_id: UUID, progress: "_Progress", done: threading.Event) -> None:
             with suppress(Exception):  # A server that is away cancels nothing.
                 state = client.read_flow_run(run_id).state
                 if state and (state.is_cancelling() or state.is_cancelled()):
-                    children.stop()
+                    stop.set()
             if asked % SHOW_EVERY == 0:
                 progress.show()
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -179,7 +180,6 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
         UserError: A mistake in the data or the settings.
     """
     project.configure_environment()  # A worker of Prefect's comes here directly.
-    children.restart()
     store.use(experiment.execution.store)
     if experiment.execution.store and is_own():
         raise SettingsError(
@@ -188,9 +188,10 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
         )
     tracker = Tracker(experiment.name, display.say)
     forecast = forecast_of(experiment, parallel_finetunes(experiment))
-    context = Context(experiment, tracker, [], forecast, experiment.training_seeds[0])
+    stop = threading.Event()
+    context = Context(experiment, tracker, [], forecast, stop, experiment.training_seeds[0])
     try:
-        with attended(experiment.name, forecast):
+        with attended(experiment.name, forecast, stop):
             return _persistently(context)
     except KeyboardInterrupt:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
@@ -204,7 +205,7 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
         raise
     finally:
         # Before the task runner waits for its threads, which wait for their processes.
-        children.stop()
+        stop.set()
         display.end(display.SWEEP)
 
 
@@ -219,7 +220,8 @@ def _persistently(context: Context) -> Frontier:
         except Exception as error:
             seconds = execution.retry_seconds * 2**attempt
             display.say(f"{error}; tried again in {seconds:g} s, what is finished is kept")
-            children.pause(seconds)
+            if context.stop.wait(seconds):
+                raise StoppedError(f"stopped; {children.KEPT}") from error
     return _sweep(context)
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ class Context:
         tracker: MLflow.
         computed: Labels of the stages that were computed, the others came from the cache.
         forecast: How far the sweep is.
+        stop: Set when every stage of the run is to end.
         seed: Of the trainings; each seed's stages have a context of their own.
     """
 
@@ -35,6 +37,7 @@ class Context:
     tracker: Tracker
     computed: list[str]
     forecast: Forecast
+    stop: threading.Event
     seed: int
 
     @property
@@ -80,8 +83,8 @@ def find_or_compute(
         StoppedError: The pipeline was told to stop.
     """
     with (
-        single_flight(stage.key, children.stopping, log) as lock,
-        lease(stage.key, children.stopping, log),
+        single_flight(stage.key, context.stop.is_set, log) as lock,
+        lease(stage.key, context.stop.is_set, log),
     ):
         manifest = cache.find(stage.key, log)
         cached = manifest is not None
@@ -90,7 +93,7 @@ def find_or_compute(
             sharing = stage.name in definitions.SHARING
             parallel = parallel_finetunes(context.experiment) if sharing else 1
             count = math.ceil(total / parallel)
-            with seats(count, total, children.stopping, log):
+            with seats(count, total, context.stop.is_set, log):
                 manifest = _compute(context, stage, count, lock, log)
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
@@ -121,7 +124,7 @@ def _compute(
 
     try:
         job = _job(context.experiment, stage, cpus, folder)
-        outcome = children.run_child(job, folder, lock, on_event)
+        outcome = children.run_child(job, lock, on_event, context.stop)
     except BaseException as error:
         stopped = isinstance(error, StoppedError)
         context.forecast.interrupt(stage)
