@@ -86,7 +86,11 @@ def quantize(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"TensorQuantOverrides": _one_scale_for_heads(network)},
+            extra_options={
+                "TensorQuantOverrides": _one_scale_for_heads(network),
+                # The mean of the batches' ranges: one odd line does not widen the grid for all.
+                "CalibMovingAverage": True,
+            },
         )
         quantize_dynamic(
             static,

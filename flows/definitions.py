@@ -50,7 +50,7 @@ VERSIONS = {
     "scratch": 1,
     "small": 1,
     "export": 3,
-    "int8": 3,
+    "int8": 4,
     "qat": 1,
     "judge": 1,
     "measure": 3,

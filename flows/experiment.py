@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
@@ -42,14 +42,20 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 Ratios = Annotated[tuple[Ratio, ...], AfterValidator(_sorted_basis_points)]
 
 
+LOCAL: Final = "local"
+
+
 class ExecutionSettings(Settings):
-    """How to use the machine. Nothing here changes a result beyond rounding, or a cache key.
+    """How to use the machines. Nothing here changes a result beyond rounding, or a cache key.
 
     Each training is spread over so many processes, each with a share of every batch; on a machine
     with GPUs, one for each of them.
 
     store is where several machines share finished stages, an address like s3://bucket/prefix; they
     must share a Prefect server as well (PREFECT_API_URL), which lets one at a time compute a stage.
+
+    runner says whose processes compute the stages: this machine's, or those of the workers of a
+    cluster of Dask or Ray, whose address is cluster.
 
     A run that fails, and not by a mistake in its settings or data, is tried again so often, first
     after retry_seconds, then after twice as long, and so on.
@@ -59,8 +65,21 @@ class ExecutionSettings(Settings):
     loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     store: Annotated[str, Field(pattern=r"^(s3|gs|az|file)://.")] | None = None
+    runner: Literal["local", "dask", "ray"] = LOCAL
+    cluster: Annotated[str, Field(min_length=1)] | None = None
     retries: Annotated[int, Field(ge=0, le=10)] = 0
     retry_seconds: Annotated[float, Field(gt=0)] = 60
+
+    @model_validator(mode="after")
+    def _workers_need_more(self) -> Self:
+        if self.runner != LOCAL and not (self.cluster and self.store):
+            raise ValueError(
+                f"runner: {self.runner} needs cluster, the address of a running one, and store,"
+                " where its workers share the stages"
+            )
+        if self.cluster and self.runner == LOCAL:
+            raise ValueError("cluster needs runner: dask or ray, and runner is local")
+        return self
 
 
 class ControlSettings(Settings):

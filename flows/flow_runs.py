@@ -56,6 +56,28 @@ def attended(experiment: str, forecast: Forecast, stop: threading.Event) -> Iter
             (project.locks_folder() / f"{_lock_of(run_id)}.lock").unlink()
 
 
+@contextmanager
+def watched(stop: threading.Event) -> Iterator[None]:
+    """Within a task on a worker of a cluster: set stop when its flow run is cancelled or over."""
+    done = threading.Event()
+    context = contextvars.copy_context()
+    arguments = (_watch_from_afar, UUID(flow_run.id), stop, done)
+    threading.Thread(target=context.run, args=arguments, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _watch_from_afar(run_id: UUID, stop: threading.Event, done: threading.Event) -> None:
+    with get_client(sync_client=True) as client:
+        while not done.wait(WATCH_SECONDS):
+            with suppress(Exception):
+                state = client.read_flow_run(run_id).state
+                if state and (state.is_cancelling() or state.is_final()):
+                    stop.set()
+
+
 def _lock_of(run_id: UUID) -> str:
     return f"flow-{run_id}"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from crnn.errors import UserError
 from flows import project
-from flows.cache import MANIFEST, Stage
+from flows.cache import MANIFEST, Manifest, Stage
 from flows.definitions import SHARING, TEACHER
 from flows.experiment import Experiment
 from flows.listing import folder_of, rows_of
@@ -79,10 +79,10 @@ class Forecast:
                 self.under_way[stage.label] = seen
             seen.share, seen.phase = share, event["phase"]
 
-    def finish(self, stage: Stage, seconds: float) -> None:
+    def finish(self, manifest: Manifest) -> None:
         """Note that a stage has finished."""
-        self.under_way.pop(stage.label, None)
-        self.finished[_kind(stage.name, stage.label)].append(seconds)
+        self.under_way.pop(manifest.label, None)
+        self.finished[_kind(manifest.stage, manifest.label)].append(manifest.seconds)
 
     def interrupt(self, stage: Stage) -> None:
         """Note that a stage has ended without a result."""

@@ -6,6 +6,7 @@ last time. A holder that lost it computes on; the store then has what the next o
 one, whichever was first.
 """
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +51,8 @@ def lease(key: str, stopping: Callable[[], bool], say: Callable[[str], None]) ->
             time.sleep(ASK_SECONDS)
             held = _taken(client, name)
     done = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(held, done), daemon=True)
+    context = contextvars.copy_context()  # Prefect keeps its settings there.
+    renewing = threading.Thread(target=context.run, args=(_renew, held, done), daemon=True)
     renewing.start()
     try:
         yield

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,14 +24,15 @@ from crnn.settings import ExportSettings, QuantizeSettings, TeacherSettings
 from flows import cache, children, definitions, display, project, report, servers, store
 from flows.cache import READINESS, Manifest, Stage
 from flows.champion import crown
-from flows.experiment import Experiment
-from flows.flow_runs import artifact_key, attended
+from flows.experiment import LOCAL, ExecutionSettings, Experiment
+from flows.flow_runs import artifact_key, attended, watched
 from flows.forecast import forecast_of
 from flows.notice import notify
 from flows.page import details_of
 from flows.registry import Champion
 from flows.rows import INT8, QAT, Row, Variant, base_point, mean_of_seeds, row_of
-from flows.running import Context, find_or_compute, parallel_finetunes
+from flows.runners import runner
+from flows.running import Context, bring, find_or_compute, parallel_finetunes
 from flows.server import is_own
 from flows.tracking import Tracker
 from flows.views import FRONTIER, page_of_view
@@ -40,6 +42,9 @@ UI = "http://127.0.0.1:5000"
 
 INTERRUPTED, TERMINATED = "Interrupted", "Terminated"
 """Names of the Cancelled state after Ctrl-C and after SIGTERM."""
+
+CACHED = "Cached"
+"""Name of the state of a task that computed nothing."""
 
 Networks = tuple[Context, list[Variant]]
 """Those of one seed."""
@@ -181,17 +186,13 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     """
     project.configure_environment()  # A worker of Prefect's comes here directly.
     store.use(experiment.execution.store)
-    if experiment.execution.store and is_own():
-        raise SettingsError(
-            "execution.store needs a Prefect server that all machines use, and there is none: set"
-            " PREFECT_API_URL, or let `crnn-slim up` run on this one"
-        )
+    _require_servers_for_all(experiment.execution)
     tracker = Tracker(experiment.name, display.say)
     forecast = forecast_of(experiment, parallel_finetunes(experiment))
     stop = threading.Event()
     context = Context(experiment, tracker, [], forecast, stop, experiment.training_seeds[0])
     try:
-        with attended(experiment.name, forecast, stop):
+        with runner(experiment.execution), attended(experiment.name, forecast, stop):
             return _persistently(context)
     except KeyboardInterrupt:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
@@ -207,6 +208,20 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
         # Before the task runner waits for its threads, which wait for their processes.
         stop.set()
         display.end(display.SWEEP)
+
+
+def _require_servers_for_all(execution: ExecutionSettings) -> None:
+    """Refuse to work with other machines where they would not find the servers of this one."""
+    if execution.store and is_own():
+        raise SettingsError(
+            "execution.store needs a Prefect server that all machines use, and there is none: set"
+            " PREFECT_API_URL, or let `crnn-slim up` run on this one"
+        )
+    if execution.runner != LOCAL and os.environ["MLFLOW_TRACKING_URI"].startswith("sqlite"):
+        raise SettingsError(
+            f"execution.runner: {execution.runner} needs an MLflow server that all machines use:"
+            " set MLFLOW_TRACKING_URI"
+        )
 
 
 def _persistently(context: Context) -> Frontier:
@@ -227,13 +242,13 @@ def _persistently(context: Context) -> Frontier:
 
 def _sweep(context: Context) -> Frontier:
     context.forecast.restart()
-    samples = _result(data.submit(context))
+    samples = _result(context, data.submit(context))
     seeds = [replace(context, seed=seed) for seed in context.experiment.training_seeds]
     # These have the whole machine in turn; the cuts and controls of all seeds then share it.
     begun = [(seed, _until_sparse(seed, samples)) for seed in seeds]
     started = [(seed, _start_points(seed, upstream)) for seed, upstream in begun]
     trained = [
-        (seed, [Variant(point, _results(stages)) for point, stages in points.items()])
+        (seed, [Variant(point, _results(seed, stages)) for point, stages in points.items()])
         for seed, points in started
     ]
     shipped = _shipped(context.experiment, trained)
@@ -268,9 +283,9 @@ class Upstream:
 def _until_sparse(context: Context, samples: Manifest) -> Upstream:
     stages = {"data": samples}
     if settings := context.experiment.teacher:
-        stages["teacher"] = _result(teacher.submit(context, settings, samples))
-    stages["baseline"] = _result(baseline.submit(context, stages))
-    thin = _result(sparse.submit(context, stages))
+        stages["teacher"] = _result(context, teacher.submit(context, settings, samples))
+    stages["baseline"] = _result(context, baseline.submit(context, stages))
+    thin = _result(context, sparse.submit(context, stages))
     points = _points(context, thin)
     _say_what_is_free(thin, points)
     return Upstream(stages, thin, points)
@@ -304,7 +319,7 @@ def _points(context: Context, thin: Manifest) -> list[tuple[str, float, dict[str
         (f"{ratio:g}", ratio, {}) for ratio in experiment.ratios
     ]
     for kind, value in experiment.prune.targets.wishes().items():
-        found = _result(target.submit(context, thin, kind, value))
+        found = _result(context, target.submit(context, thin, kind, value))
         name = definitions.point_of_target(kind, value)
         points.append((name, found.metrics["target/ratio"], {"target": found}))
     return points
@@ -322,13 +337,17 @@ def _say_what_is_free(thin: Manifest, points: list[tuple[str, float, dict[str, M
             )
 
 
-def _result(future: PrefectFuture[Any]) -> Manifest:
+def _result(context: Context, future: PrefectFuture[Any]) -> Manifest:
     manifest: Manifest = future.result()
+    if context.experiment.execution.runner != LOCAL:  # Here, its thread has done all this.
+        bring(manifest, display.say)
+        context.tracker.finish(manifest)
+        context.note(manifest, cached=future.state.name == CACHED)
     return manifest
 
 
-def _results(stages: dict[str, Any]) -> dict[str, Manifest]:
-    return {n: s if isinstance(s, Manifest) else _result(s) for n, s in stages.items()}
+def _results(context: Context, stages: dict[str, Any]) -> dict[str, Manifest]:
+    return {n: s if isinstance(s, Manifest) else _result(context, s) for n, s in stages.items()}
 
 
 def _shipped(experiment: Experiment, trained: list[Networks]) -> list[Networks]:
@@ -367,13 +386,15 @@ def _fell_short(settings: QuantizeSettings, rounded: list[Networks]) -> set[str]
 def _exported(settings: ExportSettings, context: Context, networks: list[Variant]) -> Networks:
     begun = [export.submit(context, settings, network) for network in networks]
     results = zip(networks, begun, strict=True)
-    return context, [replace(network, exported=_result(future)) for network, future in results]
+    return context, [
+        replace(network, exported=_result(context, future)) for network, future in results
+    ]
 
 
 def _rounded(settings: QuantizeSettings, context: Context, networks: list[Variant]) -> Networks:
     begun = [int8.submit(context, settings, network) for network in networks]
     return context, [
-        replace(network, point=f"{network.point}{INT8}", exported=_result(future))
+        replace(network, point=f"{network.point}{INT8}", exported=_result(context, future))
         for network, future in zip(networks, begun, strict=True)
     ]
 
@@ -383,15 +404,15 @@ def _trained_for_8_bits(
 ) -> Networks:
     begun = [qat.submit(context, settings, network) for network in networks]
     return context, [
-        Variant(f"{network.point}{QAT}", {**network.stages, "qat": _result(future)})
+        Variant(f"{network.point}{QAT}", {**network.stages, "qat": _result(context, future)})
         for network, future in zip(networks, begun, strict=True)
     ]
 
 
 def _measured(context: Context, networks: list[Variant]) -> list[Row]:
     """The rows of one seed."""
-    costs = [_result(measure.submit(context, network)) for network in networks]
-    times = _result(latency.submit(context, networks))
+    costs = [_result(context, measure.submit(context, network)) for network in networks]
+    times = _result(context, latency.submit(context, networks))
     return [row_of(network, cost, times) for network, cost in zip(networks, costs, strict=True)]
 
 
@@ -438,7 +459,10 @@ def _on_these_lines(context: Context, samples: Manifest, reigning: Champion) -> 
     exported = cache.find(reigning.key, display.say)
     if exported is None:
         return None
-    return {**reigning.figures, **_result(judge.submit(context, samples, exported)).metrics}
+    return {
+        **reigning.figures,
+        **_result(context, judge.submit(context, samples, exported)).metrics,
+    }
 
 
 def _links(tracker: Tracker, rows: list[Row], sweep_run: str | None) -> str:
@@ -469,7 +493,7 @@ def run_stage(context: Context, stage: Stage) -> Any:
         stage: What to compute.
 
     Returns:
-        A completed state that holds the manifest; its name is "Cached" where nothing was computed.
+        A completed state that holds the manifest; its name is CACHED where nothing was computed.
     """
     logger = get_run_logger()
 
@@ -478,9 +502,10 @@ def run_stage(context: Context, stage: Stage) -> Any:
         display.say(message)
 
     try:
-        manifest, cached = find_or_compute(context, stage, log)
+        with watched(context.stop) if context.elsewhere else nullcontext():
+            manifest, cached = find_or_compute(context, stage, log)
     except StoppedError as stopped:
         return Cancelled(message=str(stopped))
     if cached:
-        return Completed(name="Cached", message=f"verified {stage.key}", data=manifest)
+        return Completed(name=CACHED, message=f"verified {stage.key}", data=manifest)
     return Completed(message=stage.key, data=manifest)

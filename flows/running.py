@@ -1,5 +1,6 @@
 """A stage of a flow run: found in the cache, or computed in a process on its share of the cores."""
 
+import functools
 import math
 import os
 import shutil
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from crnn.errors import StoppedError
-from flows import cache, children, definitions, display, project
+from flows import cache, children, definitions, display, project, store
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
-from flows.forecast import Forecast
+from flows.forecast import Forecast, forecast_of
 from flows.leases import lease
 from flows.locks import seats, single_flight
 from flows.tracking import Tracker
@@ -31,6 +32,7 @@ class Context:
         forecast: How far the sweep is.
         stop: Set when every stage of the run is to end.
         seed: Of the trainings; each seed's stages have a context of their own.
+        elsewhere: Whether this is a worker of a cluster, and the flow runs in another process.
     """
 
     experiment: Experiment
@@ -39,11 +41,43 @@ class Context:
     forecast: Forecast
     stop: threading.Event
     seed: int
+    elsewhere: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a worker of a cluster is sent."""
+        return _elsewhere, (self.experiment, self.seed, os.environ["MLFLOW_TRACKING_URI"])
 
     @property
     def of_seed(self) -> str:
         """What is behind the names of this seed's stages."""
         return definitions.of_seed(self.experiment, self.seed)
+
+    def note(self, manifest: Manifest, cached: bool) -> None:
+        """Say that a stage of the run has finished, and count it."""
+        self.forecast.finish(manifest)
+        sentence = self.forecast.sentence()
+        display.show_sweep(*self.forecast.stages, sentence)
+        if cached:
+            display.say(f"{manifest.label}: cached")
+        else:
+            self.computed.append(manifest.label)
+            display.say(f"{manifest.label}: done in {manifest.seconds:.0f} s ({sentence})")
+
+
+def _elsewhere(experiment: Experiment, seed: int, mlflow: str) -> Context:
+    """The context of a flow run on a worker of a cluster."""
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow
+    project.configure_environment()
+    store.use(experiment.execution.store)
+    forecast = forecast_of(experiment, parallel_finetunes(experiment))
+    tracker = _tracker(experiment.name, mlflow)
+    return Context(experiment, tracker, [], forecast, threading.Event(), seed, elsewhere=True)
+
+
+@functools.cache
+def _tracker(experiment: str, _mlflow: str) -> Tracker:
+    """One for all tasks of a worker: each has a thread of its own."""
+    return Tracker(experiment, display.say)
 
 
 def parallel_finetunes(experiment: Experiment) -> int:
@@ -94,18 +128,24 @@ def find_or_compute(
             parallel = parallel_finetunes(context.experiment) if sharing else 1
             count = math.ceil(total / parallel)
             with seats(count, total, context.stop.is_set, log):
+                for upstream in stage.inputs.values():
+                    bring(upstream, log)
                 manifest = _compute(context, stage, count, lock, log)
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
-    context.forecast.finish(stage, manifest.seconds)
-    display.show_sweep(*context.forecast.stages, context.forecast.sentence())
-    if cached:
-        display.say(f"{stage.label}: cached")
-    else:
-        context.computed.append(stage.label)
-        seconds = f"{stage.label}: done in {manifest.seconds:.0f} s"
-        display.say(f"{seconds} ({context.forecast.sentence()})")
-    return replace(manifest, label=stage.label), cached
+    manifest = replace(manifest, label=stage.label)
+    context.note(manifest, cached)
+    return manifest, cached
+
+
+def bring(manifest: Manifest, log: Callable[[str], None]) -> None:
+    """Have the files of a stage here that a worker of a cluster, or this one, has finished.
+
+    Raises:
+        StoreError: They are gone from the store.
+    """
+    if not manifest.folder.is_dir() and cache.find(manifest.key, log) is None:
+        raise store.StoreError(f"{manifest.key} is gone from the store; run again to compute it")
 
 
 def _compute(

@@ -156,8 +156,12 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextmanager
-def serve_prefect(home: Path) -> Iterator[str]:
-    """Start a real Prefect server, and point all pipelines started here at it."""
+def serve_prefect(home: Path, **more: str) -> Iterator[str]:
+    """Start a real Prefect server, and point all pipelines started here at it.
+
+    Variables beside its home may name another database.
+    """
+    before = os.environ.get("PREFECT_API_URL")
     address = f"http://127.0.0.1:{free_port()}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
     command += ["--port", address.rsplit(":", 1)[1].removesuffix("/api")]
@@ -166,6 +170,7 @@ def serve_prefect(home: Path) -> Iterator[str]:
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        **more,
     }
     with (home / "server.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -175,18 +180,23 @@ def serve_prefect(home: Path) -> Iterator[str]:
         yield address
     finally:
         os.environ.pop("PREFECT_API_URL", None)
+        if before:
+            os.environ["PREFECT_API_URL"] = before
         server.terminate()
         server.wait(30)
 
 
 @contextmanager
-def serve_mlflow(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def serve_mlflow(
+    folder: Path, port: int, database: str = "", artifacts: str = "", **more: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """A real MLflow server on the store in the folder, in a process group of its own."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
+    command += ["--backend-store-uri", database or f"sqlite:///{folder / 'server.db'}"]
+    command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
+    options: dict[str, Any] = {"env": {**os.environ, **more}, "start_new_session": True}
     with (folder / "server.log").open("a") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen([*command, "--workers", "1"], stdout=log, stderr=log, **options)
     try:
         wait_for(f"http://127.0.0.1:{port}/health")
         yield server

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flows import forecast
-from flows.cache import Stage
+from flows.cache import Manifest, Stage
 from flows.experiment import load_experiment
 from flows.forecast import Forecast, duration, forecast_of
 from tests.flows.conftest import Project, copy_of, new_project
@@ -21,6 +21,10 @@ def stage(name: str, label: str = "") -> Stage:
     return Stage(name, label or name, {}, {}, 1)
 
 
+def finished(name: str, seconds: float, label: str = "") -> Manifest:
+    return Manifest("key", name, label or name, "", {}, {}, {}, {}, None, seconds)
+
+
 def step(step: int, steps: int) -> dict[str, Any]:
     return {"event": "step", "step": step, "steps": steps, "phase": f"epoch {step}/{steps}"}
 
@@ -29,7 +33,7 @@ def test_time_left_is_learned_from_what_has_finished(monkeypatch: pytest.MonkeyP
     now = [0.0]
     monkeypatch.setattr(forecast.time, "monotonic", lambda: now[0])
     sweep = Forecast({"data": 1, "baseline": 1, "finetune": 4}, 2, {})
-    sweep.finish(stage("data"), 5)
+    sweep.finish(finished("data", 5))
     sweep.step(stage("baseline"), step(1, 10))
     assert sweep.left() == (0, ["baseline", "finetune"])
     now[0] = 60
@@ -39,14 +43,14 @@ def test_time_left_is_learned_from_what_has_finished(monkeypatch: pytest.MonkeyP
         "1 of 6 stages, at least 4 min left, no stage seen yet of: finetune"
     )
     assert sweep.report().splitlines()[1] == "- baseline: epoch 3/10, 30%, 4 min left"
-    sweep.finish(stage("baseline"), 300)
-    sweep.finish(stage("finetune", "finetune 0.62"), 100)
+    sweep.finish(finished("baseline", 300))
+    sweep.finish(finished("finetune", 100, "finetune 0.62"))
     assert sweep.left() == (pytest.approx(150), []), "three are left, two at once"
     sweep.step(stage("finetune", "finetune 0.67"), step(1, 2))
     assert sweep.left() == (pytest.approx(125), [])
     sweep.interrupt(stage("finetune", "finetune 0.67"))
     for ratio in (0.67, 0.72, 0.77):
-        sweep.finish(stage("finetune", f"finetune {ratio}"), 100)
+        sweep.finish(finished("finetune", 100, f"finetune {ratio}"))
     assert sweep.sentence() == "6 of 6 stages"
     sweep.add({"qat": 1, "finetune": 1})
     assert sweep.left() == (pytest.approx(100), ["qat"]), "the last one has no other beside it"

@@ -1,68 +1,19 @@
 """Machines that share their finished stages: state folders of their own, one store, one Prefect."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.flows.conftest import (
-    LONG,
-    Project,
-    free_port,
-    new_project,
-    wait_for,
-    wait_for_epoch,
-)
-
-needs_cluster = pytest.mark.skipif(
-    not os.environ.get("CRNN_SLIM_CLUSTER_TEST") or find_spec("moto") is None,
-    reason="takes minutes and an S3 server; `make cluster-test` installs and runs it",
-)
-PATIENCE = 240
-"""Seconds for a lease to run out, and for the stages behind it."""
+from tests.flows.conftest import Project, new_project
 
 
 @pytest.fixture
 def folder_store(tmp_path: Path) -> str:
     """A store in a folder that both machines see."""
     return (tmp_path / "store").as_uri()
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real S3 server, and the environment in which it is found."""
-    import boto3
-
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    with (tmp_path_factory.mktemp("s3") / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log
-        )
-    environment = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ALLOW_HTTP": "true",
-    }
-    try:
-        wait_for(f"{address}/moto-api/")
-        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys).create_bucket(
-            Bucket="slim"
-        )
-        yield environment
-    finally:
-        server.kill()
-        server.wait()
 
 
 def machines(folder: Path, store: str, **changes: Any) -> tuple[Project, Project]:
@@ -83,6 +34,10 @@ def start(project: Project) -> subprocess.Popen[str]:
     command = project.command("frontier", str(project.params), "--json")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, start_new_session=True, **pipes, **project.options())
+
+
+PATIENCE = 240
+"""Seconds for a lease to run out, and for the stages behind it."""
 
 
 def test_what_one_machine_has_computed_the_other_takes(tmp_path: Path, folder_store: str) -> None:
@@ -135,47 +90,3 @@ def test_a_store_without_a_server_for_all_is_refused(tmp_path: Path, folder_stor
     refused = subprocess.run(project.command("frontier", str(project.params)), **options)
     assert refused.returncode == 2
     assert "needs a Prefect server that all machines use" in refused.stderr
-
-
-@needs_cluster
-def test_another_machine_goes_on_when_one_dies(tmp_path: Path, s3: dict[str, str]) -> None:
-    one, other = machines(tmp_path, "s3://slim/dies", **LONG)
-    one.environment = other.environment = s3
-    begun = start(one)
-    wait_for_epoch(one, begun)
-    os.killpg(begun.pid, signal.SIGKILL)
-    begun.communicate()
-    finished = other.run("frontier", str(other.params), "--json")
-    assert "waiting for another machine" in finished.stderr
-    computed = json.loads(finished.stdout)["computed"]
-    assert "sparse" in computed
-    assert "baseline" not in computed, "the other machine had finished that"
-    assert one.frontier()["computed"] == []
-    assert written(one) == written(other)
-
-
-@needs_cluster
-def test_a_machine_that_comes_back_late_changes_nothing(tmp_path: Path, s3: dict[str, str]) -> None:
-    one, other = machines(tmp_path, "s3://slim/late", **LONG)
-    one.environment = other.environment = s3
-    late = start(one)
-    wait_for_epoch(one, late)
-    workers = list(children_of(late.pid))
-    for pid in (late.pid, *workers):
-        os.kill(pid, signal.SIGSTOP)
-    finished = other.frontier()
-    for pid in (*workers, late.pid):
-        os.kill(pid, signal.SIGCONT)
-    out, err = late.communicate(timeout=PATIENCE)
-    assert late.returncode == 0, err
-    assert "another machine has finished it first" in err
-    assert json.loads(out)["rows"] == finished["rows"]
-    assert written(one) == written(other)
-
-
-def children_of(pid: int) -> Iterator[int]:
-    """All processes that a process has started, and theirs."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    for child in found.stdout.split():
-        yield from children_of(int(child))
-        yield int(child)
