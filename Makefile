@@ -2,7 +2,7 @@
 # make test           set up, then run the tests
 # make torture        kill, cancel, damage and starve real pipelines for 15 minutes
 # make browser-test   install Chromium and look at the report with it
-# make cluster-test   share stages through a real S3 server, kill and freeze machines
+# make cluster-test   Postgres, S3, Dask and Ray: share, sweep, kill and freeze machines
 # make check          format, lint and types
 PYTHON ?= python3
 BIN := .venv/bin
@@ -23,8 +23,9 @@ browser-test: .venv/installed
 	$(BIN)/python -m pytest tests/flows/test_page.py
 
 cluster-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster]' 'moto[server]>=5.1'
-	CRNN_SLIM_CLUSTER_TEST=1 $(BIN)/python -m pytest tests/flows/test_store.py
+	ls /usr/lib/postgresql/*/bin/initdb || apt-get install --yes postgresql
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,dask,ray]' 'moto[server]>=5.1' psycopg2-binary
+	CRNN_SLIM_CLUSTER_TEST=1 $(BIN)/python -m pytest tests/flows/test_cluster.py
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -30,7 +30,7 @@ from crnn.settings import ExportSettings
 
 OPSET = 17
 
-TILE = 64
+TILE = 32
 """Classes that are compared at once."""
 
 NEVER = -1e4

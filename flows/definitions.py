@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crnn.charset import Charset
-from crnn.data.sources import Dataset, open_source
+from crnn.data.sources import Dataset, Shards, open_source
 from crnn.errors import CheckpointError
 from crnn.files import sha256, write_atomic
 from crnn.settings import (
@@ -327,7 +327,7 @@ def _digest_of_file(path: Path) -> str:
     return sha256(path)
 
 
-def open_sources(experiment: Experiment) -> list[Dataset]:
+def open_sources(experiment: Experiment) -> list[Dataset | Shards]:
     """Both splits, not yet read.
 
     Raises:
@@ -356,19 +356,27 @@ def _refuse_backbone(settings: ModelSettings) -> None:
 def fingerprint(experiment: Experiment) -> str:
     """SHA-256 over labels and images of both splits.
 
-    Memoised by name, size and modification time of every file, so that unchanged data is not
-    read again.
+    Memoised by name, size and modification time of every file, for each file of labels or
+    shard, so that unchanged data is not read again.
     """
-    sources = open_sources(experiment)
     place = str(Path(experiment.data.root).resolve())
-    state = _digest([place, *(source.stamp() for source in sources)])
-    memo = project.home() / "fingerprints" / f"{state}.json"
+    digests = []
+    for source in open_sources(experiment):
+        if isinstance(source, Shards):
+            digests.append(_digest([_remembered(shard, place) for shard in source.shards]))
+        else:
+            digests.append(_remembered(source, place))
+    return _digest(digests)
+
+
+def _remembered(part: Dataset, place: str) -> str:
+    """SHA-256 over labels and images of a split or a shard."""
+    memo = project.home() / "fingerprints" / f"{_digest([place, part.stamp()])}.json"
     try:
         return str(json.loads(memo.read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        samples = sum(len(source) for source in sources)
-        display.say(f"data: reading {samples} samples that are new or have changed")
-        digest = _digest([source.digest() for source in sources])
+        display.say(f"data: reading {len(part)} samples that are new or have changed")
+        digest = part.digest()
         write_atomic(memo, json.dumps(digest).encode())
         return digest
 

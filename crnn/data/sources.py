@@ -8,9 +8,10 @@ import hashlib
 import json
 import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -205,6 +206,46 @@ class Lmdb:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Shards:
+    """A folder of LMDBs, one after another in the order of their names.
+
+    Each has a fingerprint of its own: those that have not changed are not read again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shards = [Lmdb(file.parent) for file in sorted(path.glob("*/data.mdb"))]
+        if not self.shards:
+            raise DataError(
+                f"{path} is neither an LMDB (a folder with data.mdb) nor a folder of some;"
+                " set data.root and data.train or data.val"
+            )
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Number of the first sample of each shard, and of all samples."""
+        return list(accumulate((len(shard) for shard in self.shards), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _place(self, index: int) -> tuple[Lmdb, int]:
+        shard = bisect_right(self._starts, index) - 1
+        return self.shards[shard], index - self._starts[shard]
+
+    def name(self, index: int) -> str:
+        shard, within = self._place(index)
+        return f"{shard.path.name}/{shard.name(within)}"
+
+    def label(self, index: int) -> str:
+        shard, within = self._place(index)
+        return shard.label(within)
+
+    def image(self, index: int) -> Image.Image:
+        shard, within = self._place(index)
+        return shard.image(within)
+
+
 class Rendered:
     """Lines rendered from a seed."""
 
@@ -237,11 +278,12 @@ class Rendered:
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def open_source(settings: DataSettings, split: str, seed: int) -> Dataset:
+def open_source(settings: DataSettings, split: str, seed: int) -> Dataset | Shards:
     """Open the train or val split of the settings.
 
     Args:
-        settings: A split that is a number is rendered, a folder is an LMDB, a file has labels.
+        settings: A split that is a number is rendered, a folder is an LMDB or holds some, a file
+            has labels.
         split: "train" or "val".
         seed: Of the experiment; the two rendered splits differ.
     """
@@ -251,8 +293,10 @@ def open_source(settings: DataSettings, split: str, seed: int) -> Dataset:
     root = Path(settings.root)
     if not root.is_dir():
         raise DataError(f"data.root {root} is no folder; set it with --set data.root=FOLDER")
-    if (root / place).is_dir():
+    if (root / place / "data.mdb").exists():
         return Lmdb(root / place)
+    if (root / place).is_dir():
+        return Shards(root / place)
     return LabelFile(root / place, root, settings.allow_outside_root)
 
 

@@ -22,6 +22,7 @@ from crnn.errors import CheckpointError
 from crnn.export import Shipped, export_onnx, export_program
 from crnn.reading import DIGEST, METADATA, load_exported, read_images
 from crnn.settings import ExportSettings
+from pruning.head import cut_head
 from tests.conftest import DIGITS, random_recogniser
 
 CHECKPOINT = Checkpoint(random_recogniser().float().eval(), Charset("0123456789"), 160, "finetune")
@@ -49,6 +50,25 @@ def test_an_export_reads_as_the_network_at_any_width_and_batch(
     assert np.allclose(*([r.confidence for r in found] for found in (readings, truths)), rtol=1e-3)
     assert (exported.max_width, exported.stride) == (160, 4)
     assert exported.provenance == {"ratio": 0.62}
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_the_best_of_many_classes_is_found(tmp_path: Path, rank: int | None) -> None:
+    characters = "".join(chr(0x4E00 + number) for number in range(100))
+    model = random_recogniser(classes=101).float().eval()
+    torch.nn.init.normal_(model.head.weight)
+    if rank:
+        model = cut_head(model, rank)
+    best = Checkpoint(model, Charset(characters), 160, "finetune")
+    settings = ExportSettings(output="classes")
+    export_onnx(tmp_path / "model.onnx", best, settings, {})
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 32, 160, 3), dtype=np.uint8)
+    with torch.no_grad():
+        classes, confidences = Shipped(model, settings)(torch.from_numpy(pixels))
+    assert len(classes.unique()) > 10
+    found = load_exported(tmp_path / "model.onnx").best_path(pixels)
+    assert np.array_equal(found[1], classes)
+    assert np.abs(found[0] - confidences.numpy()).max() < 1e-5
 
 
 @pytest.mark.parametrize("backbone", ["vgg13", "repvgg_a0", "mobilenetv3_small_100"])

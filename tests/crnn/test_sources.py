@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crnn.data.sources import LabelFile, Lmdb, Rendered, Source, open_source
+from crnn.data.sources import LabelFile, Lmdb, Rendered, Shards, Source, open_source
 from crnn.errors import DataError
 from crnn.settings import DataSettings, TextSettings
 
@@ -15,13 +15,18 @@ def write_lmdb(folder: Path, root: Path, count: int = 8) -> Path:
     """The val split of a label folder as an LMDB."""
     labels = LabelFile(root / "val.txt", root)
     with (
-        lmdb.open(str(folder), map_size=1 << 24) as environment,
+        lmdb.open(str(_made(folder)), map_size=1 << 24) as environment,
         environment.begin(write=True) as t,
     ):
         t.put(b"num-samples", str(count).encode())
         for index in range(len(labels)):
             t.put(f"image-{index + 1:09d}".encode(), (root / labels.name(index)).read_bytes())
             t.put(f"label-{index + 1:09d}".encode(), labels.label(index).encode())
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -68,6 +73,20 @@ def test_lmdb_reads_as_the_label_file_it_was_made_from(label_folder: Path, tmp_p
         assert (np.asarray(source.image(index)) == np.asarray(labels.image(index))).all()
 
 
+def test_shards_read_one_after_another(label_folder: Path, tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_lmdb(tmp_path / "shards" / name, label_folder)
+    shards, whole = Shards(tmp_path / "shards"), LabelFile(label_folder / "val.txt", label_folder)
+    assert len(shards) == 2 * len(whole)
+    for index in range(len(shards)):
+        shard, within = "ab"[index // len(whole)], index % len(whole)
+        assert shards.name(index) == f"{shard}/image-{within + 1:09d}"
+        assert shards.label(index) == whole.label(within)
+        assert shards.image(index).tobytes() == whole.image(within).tobytes()
+    with pytest.raises(DataError, match="neither an LMDB"):
+        Shards(label_folder)
+
+
 def test_lmdb_faults_are_named(label_folder: Path, tmp_path: Path) -> None:
     source = Lmdb(write_lmdb(tmp_path / "db", label_folder, count=9))
     with pytest.raises(DataError, match="image-000000009"):
@@ -92,6 +111,7 @@ def every_source(label_folder: Path, tmp_path: Path) -> list[Source]:
     return [
         LabelFile(label_folder / "val.txt", label_folder),
         Lmdb(write_lmdb(tmp_path / "db", label_folder)),
+        Shards(write_lmdb(tmp_path / "shards" / "one", label_folder).parent),
         Rendered(8, 3, TextSettings()),
     ]
 
@@ -119,6 +139,8 @@ def test_the_kind_of_source_follows_from_what_is_there(label_folder: Path) -> No
     settings = DataSettings(root=str(label_folder), train=5, val="db")
     assert isinstance(open_source(settings, "train", 0), Rendered)
     assert isinstance(open_source(settings, "val", 0), Lmdb)
+    in_shards = DataSettings(root=str(label_folder.parent), train=1, val=label_folder.name)
+    assert isinstance(open_source(in_shards, "val", 0), Shards)
     with pytest.raises(DataError, match="no label file"):
         open_source(DataSettings(root=str(label_folder), train="gone.txt", val=1), "train", 0)
     with pytest.raises(DataError, match=r"data\.root"):

@@ -1,0 +1,39 @@
+"""What is read again when data has changed, and what is not."""
+
+from pathlib import Path
+
+import pytest
+
+from flows import definitions
+from flows.experiment import load_experiment
+from tests.crnn.test_sources import write_lmdb
+from tests.flows.conftest import new_project
+
+
+def test_of_a_set_in_shards_what_has_changed_is_read_alone(
+    label_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("a", "b"):
+        write_lmdb(tmp_path / "root" / "shards" / name, label_folder)
+    data = {"root": str(tmp_path / "root"), "train": "shards", "val": 8}
+    project = new_project(tmp_path / "project", data=data)
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    experiment = load_experiment(project.params)
+
+    def read() -> tuple[str, int]:
+        found = definitions.fingerprint(experiment)
+        return found, capsys.readouterr().err.count("samples that are new or have changed")
+
+    before, parts = read()
+    assert parts == 3, "two shards, and the rendered lines"
+    assert read() == (before, 0)
+    other = write_lmdb(tmp_path / "other", label_folder, count=7)
+    (other / "data.mdb").rename(tmp_path / "root" / "shards" / "b" / "data.mdb")
+    after, parts = read()
+    assert parts == 1
+    assert after != before
+    write_lmdb(tmp_path / "root" / "shards" / "c", label_folder)
+    assert read()[1] == 1
