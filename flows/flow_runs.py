@@ -3,7 +3,7 @@
 import contextvars
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import cast
 from uuid import UUID
@@ -41,41 +41,34 @@ def attended(experiment: str, forecast: Forecast, stop: threading.Event) -> Iter
             client.update_flow_run(run_id, tags=[project.identity()])
             _mark_dead_runs(client)
         progress = _Progress(artifact_key("progress", experiment), forecast)
-        done = threading.Event()
-        context = contextvars.copy_context()  # Prefect keeps its settings there.
-        arguments = (_watch, run_id, progress, stop, done)
-        watcher = threading.Thread(target=context.run, args=arguments, daemon=True)
-        watcher.start()
         try:
-            yield
-            done.set()
-            watcher.join(WATCH_SECONDS)  # What it shows now is older than what is shown last.
+            with watched(stop, progress.show):
+                yield
             progress.show()
         finally:
-            done.set()
             (project.locks_folder() / f"{_lock_of(run_id)}.lock").unlink()
 
 
 @contextmanager
-def watched(stop: threading.Event) -> Iterator[None]:
-    """Within a task on a worker of a cluster: set stop when its flow run is cancelled or over."""
+def watched(stop: threading.Event, show: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within a flow, or a task of one: set stop when the run is cancelled or over.
+
+    Prefect itself ends neither the threads of a run nor the tasks on other machines.
+
+    Args:
+        stop: Set when nothing may go on.
+        show: Called from time to time.
+    """
     done = threading.Event()
-    context = contextvars.copy_context()
-    arguments = (_watch_from_afar, UUID(flow_run.id), stop, done)
-    threading.Thread(target=context.run, args=arguments, daemon=True).start()
+    context = contextvars.copy_context()  # Prefect keeps its settings there.
+    arguments = (_watch, UUID(flow_run.id), stop, done, show)
+    watcher = threading.Thread(target=context.run, args=arguments, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         done.set()
-
-
-def _watch_from_afar(run_id: UUID, stop: threading.Event, done: threading.Event) -> None:
-    with get_client(sync_client=True) as client:
-        while not done.wait(WATCH_SECONDS):
-            with suppress(Exception):
-                state = client.read_flow_run(run_id).state
-                if state and (state.is_cancelling() or state.is_final()):
-                    stop.set()
+        watcher.join(WATCH_SECONDS)  # What it shows now is older than what is shown next.
 
 
 def _lock_of(run_id: UUID) -> str:
@@ -95,19 +88,18 @@ def _mark_dead_runs(client: SyncPrefectClient) -> None:
 
 
 def _watch(
-    run_id: UUID, progress: "_Progress", stop: threading.Event, done: threading.Event
+    run_id: UUID, stop: threading.Event, done: threading.Event, show: Callable[[], None]
 ) -> None:
-    """Show progress, and stop the children when the run is cancelled: Prefect cannot do that."""
     with get_client(sync_client=True) as client:
         for asked in itertools.count(1):
             if done.wait(WATCH_SECONDS):
                 return
             with suppress(Exception):  # A server that is away cancels nothing.
                 state = client.read_flow_run(run_id).state
-                if state and (state.is_cancelling() or state.is_cancelled()):
+                if state and (state.is_cancelling() or state.is_final()):
                     stop.set()
             if asked % SHOW_EVERY == 0:
-                progress.show()
+                show()
 
 
 class _Progress:
