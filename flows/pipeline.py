@@ -88,7 +88,7 @@ def teacher(context: Context, settings: TeacherSettings, samples: Manifest) -> A
 
 
 @task(cache_policy=NO_CACHE, task_run_name="baseline{context.of_seed}")
-def baseline(context: Context, upstream: dict[str, Manifest]) -> Any:
+def baseline(context: Context, upstream: dict[str, Any]) -> Any:
     """Train the uncut network."""
     return run_stage(
         context, definitions.baseline_stage(context.experiment, upstream, context.seed)
@@ -96,7 +96,7 @@ def baseline(context: Context, upstream: dict[str, Manifest]) -> Any:
 
 
 @task(cache_policy=NO_CACHE, task_run_name="sparse{context.of_seed}")
-def sparse(context: Context, upstream: dict[str, Manifest]) -> Any:
+def sparse(context: Context, upstream: dict[str, Any]) -> Any:
     """Train with the sparsity penalty."""
     return run_stage(context, definitions.sparse_stage(context.experiment, upstream, context.seed))
 
@@ -244,9 +244,11 @@ def _sweep(context: Context) -> Frontier:
     context.forecast.restart()
     samples = _result(context, data.submit(context))
     seeds = [replace(context, seed=seed) for seed in context.experiment.training_seeds]
-    # These have the whole machine in turn; the cuts and controls of all seeds then share it.
-    begun = [(seed, _until_sparse(seed, samples)) for seed in seeds]
-    started = [(seed, _start_points(seed, upstream)) for seed, upstream in begun]
+    begun = [(seed, _start_until_sparse(seed, samples)) for seed in seeds]
+    started = [
+        (seed, _start_points(seed, _upstream(seed, _results(seed, stages))))
+        for seed, stages in begun
+    ]
     trained = [
         (seed, [Variant(point, _results(seed, stages)) for point, stages in points.items()])
         for seed, points in started
@@ -280,12 +282,18 @@ class Upstream:
     points: list[tuple[str, float, dict[str, Manifest]]]
 
 
-def _until_sparse(context: Context, samples: Manifest) -> Upstream:
-    stages = {"data": samples}
+def _start_until_sparse(context: Context, samples: Manifest) -> dict[str, Any]:
+    """Begin what the cuts of one seed start from: its stages, as manifests or futures of them."""
+    stages: dict[str, Any] = {"data": samples}
     if settings := context.experiment.teacher:
-        stages["teacher"] = _result(context, teacher.submit(context, settings, samples))
-    stages["baseline"] = _result(context, baseline.submit(context, stages))
-    thin = _result(context, sparse.submit(context, stages))
+        stages["teacher"] = teacher.submit(context, settings, samples)
+    stages["baseline"] = baseline.submit(context, {**stages})
+    return {**stages, "sparse": sparse.submit(context, {**stages})}
+
+
+def _upstream(context: Context, stages: dict[str, Manifest]) -> Upstream:
+    """What the points of one seed start from, its points found."""
+    thin = stages.pop("sparse")
     points = _points(context, thin)
     _say_what_is_free(thin, points)
     return Upstream(stages, thin, points)
