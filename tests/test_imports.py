@@ -14,7 +14,14 @@ FORBIDDEN = {
 }
 ONLY_IN = {
     "mlflow": {"registry.py", "serving.py", "tracking.py"},
-    "prefect": {"flow_runs.py", "leases.py", "pipeline.py", "schedule.py", "server.py"},
+    "prefect": {
+        "flow_runs.py",
+        "leases.py",
+        "pipeline.py",
+        "runners.py",
+        "schedule.py",
+        "server.py",
+    },
 }
 
 
