@@ -108,7 +108,7 @@ def _case(threads: int, batch: int, width: int) -> dict[str, list[float]]:
     """Milliseconds of every round, by candidate."""
     torch.set_num_threads(threads)
     pixels = np.random.default_rng(0).integers(0, 255, (batch, 32, width, 3), dtype=np.uint8)
-    images = torch.from_numpy(normalised(pixels)).contiguous()
+    images = torch.from_numpy(normalised(pixels))
     candidates: dict[str, Callable[[], object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in networks().items():

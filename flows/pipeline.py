@@ -347,7 +347,9 @@ def _say_what_is_free(thin: Manifest, points: list[tuple[str, float, dict[str, M
 
 def _result(context: Context, future: PrefectFuture[Any]) -> Manifest:
     manifest: Manifest = future.result()
-    if context.experiment.execution.runner != LOCAL:  # Here, its thread has done all this.
+    is_new = future.task_run_id not in context.collected
+    if context.experiment.execution.runner != LOCAL and is_new:  # Here, its thread has done this.
+        context.collected.add(future.task_run_id)
         bring(manifest, display.say)
         context.tracker.finish(manifest)
         context.note(manifest, cached=future.state.name == CACHED)

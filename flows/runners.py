@@ -29,7 +29,7 @@ def runner(settings: ExecutionSettings) -> Iterator[None]:
         yield
         return
     with ExitStack() as closing:
-        chosen = closing.enter_context(_connected(settings, closing))
+        chosen = _connected(settings, closing)
         closing.enter_context(run.model_copy(update={"task_runner": chosen}))
         yield
 
@@ -52,19 +52,20 @@ def _connected(settings: ExecutionSettings, closing: ExitStack) -> TaskRunner[An
 
 
 def _to_dask(address: str, closing: ExitStack) -> TaskRunner[Any]:
-    from distributed import Client
     from prefect_dask import DaskTaskRunner
 
-    closing.enter_context(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
-    chosen: TaskRunner[Any] = DaskTaskRunner(address=address)
-    return chosen
+    options = {"timeout": CONNECT_SECONDS}
+    chosen = closing.enter_context(DaskTaskRunner(address=address, client_kwargs=options))
+    chosen.client  # noqa: B018  # It connects when it is first asked for.
+    connected: TaskRunner[Any] = chosen
+    return connected
 
 
 def _to_ray(address: str, closing: ExitStack) -> TaskRunner[Any]:
-    import ray
     from prefect_ray import RayTaskRunner
 
-    ray.init(address, namespace="crnn-slim", log_to_driver=False, logging_level="error")
-    closing.callback(ray.shutdown)
-    chosen: TaskRunner[Any] = RayTaskRunner(address=address)
-    return chosen
+    options = {"log_to_driver": False, "logging_level": "error"}
+    connected: TaskRunner[Any] = closing.enter_context(
+        RayTaskRunner(address=address, init_kwargs=options)
+    )
+    return connected

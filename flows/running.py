@@ -7,9 +7,10 @@ import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from crnn.errors import StoppedError
 from flows import cache, children, definitions, display, project, store
@@ -33,6 +34,8 @@ class Context:
         stop: Set when every stage of the run is to end.
         seed: Of the trainings; each seed's stages have a context of their own.
         elsewhere: Whether this is a worker of a cluster, and the flow runs in another process.
+        collected: Task runs of a cluster whose stages have been noted here: several points start
+            from one cut.
     """
 
     experiment: Experiment
@@ -42,6 +45,7 @@ class Context:
     stop: threading.Event
     seed: int
     elsewhere: bool = False
+    collected: set[UUID] = field(default_factory=set)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a worker of a cluster is sent."""
@@ -128,8 +132,9 @@ def find_or_compute(
             parallel = parallel_finetunes(context.experiment) if sharing else 1
             count = math.ceil(total / parallel)
             with seats(count, total, context.stop.is_set, log):
-                for upstream in stage.inputs.values():
-                    bring(upstream, log)
+                if context.elsewhere:
+                    for upstream in stage.inputs.values():
+                        bring(upstream, log)
                 manifest = _compute(context, stage, count, lock, log)
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
@@ -139,7 +144,7 @@ def find_or_compute(
 
 
 def bring(manifest: Manifest, log: Callable[[str], None]) -> None:
-    """Have the files of a stage here that a worker of a cluster, or this one, has finished.
+    """Have the files of a stage here that a worker of a cluster has finished.
 
     Raises:
         StoreError: They are gone from the store.

@@ -31,13 +31,14 @@ from rich.table import Table
 from tests.flows.conftest import (
     LONG,
     Project,
+    children_of,
     client_of,
     free_port,
     new_project,
     serve_mlflow,
     serve_prefect,
 )
-from tests.flows.test_pipeline import cancelling, children_of, sending
+from tests.flows.test_pipeline import cancelling, sending
 
 KILLS, CANCELS, ARTIFACTS, INPUTS = 40, 10, 100, 200
 STAGES = ("data", "baseline", "sparse", "prune", "finetune", "export", "int8", "measure", "latency")

@@ -213,7 +213,6 @@ class Shards:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.shards = [Lmdb(file.parent) for file in sorted(path.glob("*/data.mdb"))]
         if not self.shards:
             raise DataError(

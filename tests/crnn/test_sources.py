@@ -14,19 +14,15 @@ from crnn.settings import DataSettings, TextSettings
 def write_lmdb(folder: Path, root: Path, count: int = 8) -> Path:
     """The val split of a label folder as an LMDB."""
     labels = LabelFile(root / "val.txt", root)
+    folder.mkdir(parents=True, exist_ok=True)
     with (
-        lmdb.open(str(_made(folder)), map_size=1 << 24) as environment,
+        lmdb.open(str(folder), map_size=1 << 24) as environment,
         environment.begin(write=True) as t,
     ):
         t.put(b"num-samples", str(count).encode())
         for index in range(len(labels)):
             t.put(f"image-{index + 1:09d}".encode(), (root / labels.name(index)).read_bytes())
             t.put(f"label-{index + 1:09d}".encode(), labels.label(index).encode())
-    return folder
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -148,6 +148,17 @@ def wait_for_epoch(project: Project, running: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+def children_of(pid: int, command: str = "flows.worker") -> list[int]:
+    """Processes of the stages that a pipeline started, and of their loaders, or of other kinds."""
+    parents = [str(pid)]
+    found = []
+    while parents:
+        search = ["pgrep", "-f", command, "-P", ",".join(parents)]
+        parents = subprocess.run(search, capture_output=True, text=True).stdout.split()
+        found += [int(line) for line in parents]
+    return found
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Prefect server for all tests: a pipeline that starts its own takes ten seconds."""

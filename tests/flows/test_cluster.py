@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 
+from flows.servers import LEASES_IN_FILES
 from tests.flows.conftest import (
     LONG,
     Project,
+    children_of,
     free_port,
     new_project,
     serve_mlflow,
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.skipif(
     reason="takes minutes, servers and workers; `make cluster-test` installs and runs it",
 )
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
-TRAINED = ("baseline", "sparse", "finetune 0.3", "finetune 0.6")
+TRAINED = ("baseline", "sparse", "finetune 0.3", "finetune 0.6", "scratch 0.6")
 DASK, RAY = "dask", "ray"
 
 
@@ -50,9 +52,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         database = stack.enter_context(serve_postgres())
         connection = {
             "PREFECT_API_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{database}/prefect",
-            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
-                "prefect.server.concurrency.lease_storage.filesystem"
-            ),
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES_IN_FILES,
         }
         prefect = stack.enter_context(serve_prefect(folder, **connection))
         port = free_port()
@@ -205,10 +205,11 @@ def models(project: Project) -> dict[str, tuple[str, str]]:
 def test_a_sweep_on_a_cluster_is_the_local_one(
     tmp_path: Path, servers: dict[str, str], kind: str
 ) -> None:
-    alone = new_project(tmp_path / "alone")
+    controls = {"scratch": True, "ratios": [0.6]}  # They start from the cut of another point.
+    alone = new_project(tmp_path / "alone", controls=controls)
     local = alone.frontier()
     with CLUSTERS[kind](tmp_path, servers) as (address, workers):
-        project = submitted(tmp_path, kind, address)
+        project = submitted(tmp_path, kind, address, controls=controls)
         project.environment = servers
         swept = project.frontier()
         assert models(project) == models(alone)
@@ -305,7 +306,7 @@ def test_a_machine_that_comes_back_late_changes_nothing(
     one.environment = other.environment = servers
     late = start(one)
     wait_for_epoch(one, late)
-    workers = list(children_of(late.pid))
+    workers = children_of(late.pid, "python")
     for pid in (late.pid, *workers):
         os.kill(pid, signal.SIGSTOP)
     finished = other.frontier()
@@ -316,11 +317,3 @@ def test_a_machine_that_comes_back_late_changes_nothing(
     assert "another machine has finished it first" in err
     assert json.loads(out)["rows"] == finished["rows"]
     assert written(one) == written(other)
-
-
-def children_of(pid: int) -> Iterator[int]:
-    """All processes that a process has started, and theirs."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    for child in found.stdout.split():
-        yield from children_of(int(child))
-        yield int(child)

@@ -14,7 +14,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.flows.conftest import LONG, TINY, Project, client_of, copy_of, new_project, runs_of
+from tests.flows.conftest import (
+    LONG,
+    TINY,
+    Project,
+    children_of,
+    client_of,
+    copy_of,
+    new_project,
+    runs_of,
+)
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -133,17 +142,6 @@ def start_and_wait_for(project: Project, text: str) -> subprocess.Popen[str]:
         if text in line:
             return process
     pytest.fail(f"{text!r} was never printed")
-
-
-def children_of(pid: int) -> list[int]:
-    """Processes of the stages that a pipeline started, and of their loaders."""
-    parents = [str(pid)]
-    found = []
-    while parents:
-        search = ["pgrep", "-f", "flows.worker", "-P", ",".join(parents)]
-        parents = subprocess.run(search, capture_output=True, text=True).stdout.split()
-        found += [int(line) for line in parents]
-    return found
 
 
 def states_of_flows(project: Project) -> list[str]:

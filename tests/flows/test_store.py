@@ -9,6 +9,9 @@ import pytest
 
 from tests.flows.conftest import Project, new_project
 
+PATIENCE = 240
+"""Seconds for a lease to run out, and for the stages behind it."""
+
 
 @pytest.fixture
 def folder_store(tmp_path: Path) -> str:
@@ -34,10 +37,6 @@ def start(project: Project) -> subprocess.Popen[str]:
     command = project.command("frontier", str(project.params), "--json")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, start_new_session=True, **pipes, **project.options())
-
-
-PATIENCE = 240
-"""Seconds for a lease to run out, and for the stages behind it."""
 
 
 def test_what_one_machine_has_computed_the_other_takes(tmp_path: Path, folder_store: str) -> None:
