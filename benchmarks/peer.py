@@ -63,7 +63,7 @@ def figures(experiment: Experiment, sparse: Path, ratio: float, seed: int) -> di
 
 
 def _figures(experiment: Experiment, sparse: Path, ratio: float, seed: int) -> dict[str, float]:
-    train, val = _lines(experiment)
+    train, val = lines_of(experiment)
     model = load_checkpoint(sparse).model
     before = evaluate(model, val, set())[ACCURACY]
     cut = cut_by_torch_pruning(model, ratio).to(best_device())
@@ -77,7 +77,7 @@ def _figures(experiment: Experiment, sparse: Path, ratio: float, seed: int) -> d
     }
 
 
-def _lines(experiment: Experiment) -> tuple[Lines, Lines]:
+def lines_of(experiment: Experiment) -> tuple[Lines, Lines]:
     """Train and val as the data stage leaves them."""
     data = experiment.data
     checked = check_splits(data, experiment.seed, given_charset(data), STRIDE)
