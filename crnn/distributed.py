@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,15 +32,20 @@ def rank() -> int:
 
 
 @contextmanager
-def group() -> Iterator[None]:
-    """Inside, this process and those that its launcher started beside it train together."""
+def group(leads: bool) -> Iterator[None]:
+    """Inside, this process and those that launchers started beside it train together.
+
+    Args:
+        leads: Whether this is the machine that reports and writes: the first rank is there, where
+            launchers number machines as they come.
+    """
     device = best_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, number, count = next(rendezvous("env://"))
-    # The launcher's store outlives a group: without names of its own, one that is started again
-    # finds the addresses of the last one's processes, and may wait for them for ever.
-    store = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if leads and os.environ["LOCAL_RANK"] == "0":
+        store.set("first", str(number))
+    number = (number - int(store.get("first"))) % count
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count
     )
@@ -49,6 +53,13 @@ def group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in every process; it is pickled on its way."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def own_share(size: int) -> slice:

@@ -387,6 +387,17 @@ def schedule(
     print(f"{experiment.name} is no longer scheduled")
 
 
+@app.command()
+def join(params: ParamsFile, set: Overrides = None) -> None:
+    """Train along with the machine at execution.rendezvous, stage after stage, until Ctrl-C."""
+    experiment = _experiment(params, set)
+    from flows import display
+    from flows.joining import join as train_along
+
+    with display.live():
+        train_along(experiment)
+
+
 def _experiment(
     params: Path, overrides: list[str] | None, ratios: str | None = None
 ) -> "Experiment":

@@ -49,7 +49,9 @@ class ExecutionSettings(Settings):
     """How to use the machines. Nothing here changes a result beyond rounding, or a cache key.
 
     Each training is spread over so many processes, each with a share of every batch; on a machine
-    with GPUs, one for each of them.
+    with GPUs, one for each of them. Where nodes says so, up to so many machines train together, the
+    others by `crnn-slim join`; rendezvous is where they meet, host:port of the one that runs the
+    pipeline.
 
     store is where several machines share finished stages, an address like s3://bucket/prefix; they
     must share a Prefect server as well (PREFECT_API_URL), which lets one at a time compute a stage.
@@ -64,6 +66,8 @@ class ExecutionSettings(Settings):
     parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     processes: Annotated[int, Field(ge=1, le=64)] = 1
+    nodes: Annotated[int, Field(ge=1, le=64)] = 1
+    rendezvous: Annotated[str, Field(pattern=r"^[^:/]+:[1-9][0-9]{0,4}$")] | None = None
     store: Annotated[str, Field(pattern=r"^(s3|gs|az|file)://.")] | None = None
     runner: Literal["local", "dask", "ray"] = LOCAL
     cluster: Annotated[str, Field(min_length=1)] | None = None
@@ -71,7 +75,7 @@ class ExecutionSettings(Settings):
     retry_seconds: Annotated[float, Field(gt=0)] = 60
 
     @model_validator(mode="after")
-    def _workers_need_more(self) -> Self:
+    def _machines_need_more(self) -> Self:
         if self.runner != LOCAL and not (self.cluster and self.store):
             raise ValueError(
                 f"runner: {self.runner} needs cluster, the address of a running one, and store,"
@@ -79,6 +83,13 @@ class ExecutionSettings(Settings):
             )
         if self.cluster and self.runner == LOCAL:
             raise ValueError("cluster needs runner: dask or ray, and runner is local")
+        if (self.nodes > 1) != (self.rendezvous is not None):
+            raise ValueError(
+                "nodes, more than one, and rendezvous, host:port of the machine that runs the"
+                " pipeline, need each other"
+            )
+        if self.nodes > 1 and self.runner != LOCAL:
+            raise ValueError(f"nodes is for runner: local; {self.runner} has machines of its own")
         return self
 
 

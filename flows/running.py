@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -88,8 +89,11 @@ def parallel_finetunes(experiment: Experiment) -> int:
     """How many cut networks are trained side by side.
 
     A small network cannot keep several cores busy, so each gets a quarter of the machine. With
-    a GPU one at a time: that is faster than sharing it. Never more than there are cores.
+    a GPU one at a time: that is faster than sharing it; and so with several machines, which meet
+    at one rendezvous. Never more than there are cores.
     """
+    if experiment.execution.nodes > 1:
+        return 1
     if experiment.execution.parallel != "auto":
         return min(experiment.execution.parallel, cores())
     return 1 if shutil.which("nvidia-smi") else min(4, cores())
@@ -183,7 +187,9 @@ def _compute(
 
 def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:
     """All a stage's process is told: settings, upstream files, and how to use the machine."""
-    processes = experiment.execution.processes if stage.name in definitions.TRAINING else 1
+    execution = experiment.execution
+    together = stage.name in definitions.TRAINING
+    processes = execution.processes if together else 1
     return {
         "stage": stage.name,
         "label": stage.label,
@@ -195,12 +201,16 @@ def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[
         "cuts": not stage.label.startswith(definitions.TEACHER),
         "checkpoint": definitions.checkpoint_of(experiment, stage),
         "inputs": {
-            name: {"file": str(m.file(m.result).resolve()), "sha256": m.digest}
+            name: {"key": m.key, "file": str(m.file(m.result).resolve()), "sha256": m.digest}
             for name, m in stage.inputs.items()
         },
         "folder": str(folder),
         "cpus": max(1, cpus // processes),
         "processes": processes,
-        "loader_workers": experiment.execution.loader_workers,
+        "nodes": execution.nodes if together else 1,
+        "rendezvous": execution.rendezvous,
+        "launch": f"{stage.key}-{time.time_ns()}",
+        "leads": True,
+        "loader_workers": execution.loader_workers,
         "parent": os.getpid(),
     }

@@ -1,14 +1,13 @@
 """The process that computes one stage: `python -m flows.worker JOB.json`, started by children.py.
 
 Progress goes to standard output as one JSON object a line; everything a library prints goes to
-standard error. Where a stage is to train on several processes, this one launches them, with the
-same command, and starts all of them again where one dies; the first of them reports and writes.
+standard error. Where a stage is to train on several processes, this one launches them (group.py),
+with the same command; the first of them reports and writes.
 """
 
 import ctypes
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from crnn.errors import UserError
+from flows import group
 from flows.children import TICK_SECONDS, end_with_parent
 
 if TYPE_CHECKING:
@@ -24,26 +24,17 @@ if TYPE_CHECKING:
 
 Emit = Callable[[dict[str, Any]], None]
 
-LAUNCHER = "CRNN_SLIM_LAUNCHER"
-"""Variable that tells a process of several which one launched it."""
-
-RANK = "RANK"
-"""Variable in which torch's launcher gives a process its number."""
-
-RESTARTS = 3
-"""How often a group of processes is started again after one has died."""
-
 
 def main() -> None:
     """Compute the stage of the job file and report its outcome."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    launcher = os.environ.get(LAUNCHER)
+    launcher = os.environ.get(group.LAUNCHER)
     launched = launcher is not None
     if launched:
         _die_with_parent()
     end_with_parent(int(launcher or job["parent"]))
-    if job["processes"] > 1 and not launched:
-        _launch(job)
+    if job["processes"] * job["nodes"] > 1 and not launched:
+        group.launch(job, sys.argv[1])
         return
     os.register_at_fork(after_in_child=_die_with_parent)
     emit = _emitter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
@@ -64,51 +55,17 @@ def main() -> None:
         raise
 
 
-def _launch(job: dict[str, Any]) -> None:
-    """Run the stage on several processes, by torch's elastic launcher.
-
-    One that dies takes the others with it, and all start again from the last finished epoch.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ[LAUNCHER] = str(os.getpid())
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job["cpus"])
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job["processes"],
-        run_id=Path(job["folder"]).name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=RESTARTS,
-        logs_specs=DefaultLogsSpecs(log_dir=str(Path(job["folder"]) / "launcher")),
-    )
-    elastic_launch(config, sys.executable)("-P", "-m", "flows.worker", sys.argv[1])
-
-
 def _compute_together(job: dict[str, Any], emit: Emit) -> None:
-    """Run the stage as one of several processes."""
+    """Run the stage as one of several processes; the first one of each machine reports."""
     from crnn import distributed
 
-    number = int(os.environ[RANK])
-    folder = Path(job["folder"])
-    if number:
-        folder = _own_folder(folder, number)  # Before the first process may write: it waits below.
-    with distributed.group():
-        outcome = _compute(job, _silent if number else emit, folder)
-    if number == 0:
-        emit({"event": "done", **outcome})
-
-
-def _own_folder(folder: Path, number: int) -> Path:
-    """Where a process that is not the first one writes: what the first one has, to go on from."""
-    own = folder / f"{RANK.lower()}-{number}"
-    shutil.rmtree(own, ignore_errors=True)
-    leave = shutil.ignore_patterns(f"{RANK.lower()}-*", "snapshots")
-    shutil.copytree(folder, own, ignore=leave)
-    return own
+    if os.environ["LOCAL_RANK"] != "0":
+        emit = _silent
+    with distributed.group(job["leads"]):
+        emit({"event": "group", "processes": distributed.processes()})
+        job, folder = group.share(job, distributed.rank(), distributed.from_first)
+        outcome = _compute(job, emit, folder)
+    emit({"event": "done", **outcome})
 
 
 def _silent(event: dict[str, Any]) -> None:

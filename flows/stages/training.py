@@ -19,15 +19,13 @@ from crnn.networks.recogniser import Recogniser
 from crnn.settings import BaselineSettings, ModelSettings, TrainSettings
 from crnn.training import Penalty, Run, Teacher, fit, recalibrate, start
 from flows import project
-from flows.cache import GAMMAS, HISTORY, MODEL
+from flows.cache import GAMMAS, HISTORY, MODEL, STATE
 from flows.stages.work import Outcome, Work
 from pruning.gammas import absolute_gammas, gamma_statistics, widths
 from pruning.selection import keep_masks
 from pruning.settings import FinetuneSettings, PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import refuse_uncuttable
-
-STATE = "state.safetensors"
 
 
 def baseline(work: Work) -> Outcome:

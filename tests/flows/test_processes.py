@@ -1,14 +1,19 @@
-"""Trainings on several real processes: the same training, whatever becomes of one of them."""
+"""Trainings on several real processes, of one machine and of two: the same training, whatever
+becomes of one of them.
+"""
 
 import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import Project, computed, new_project, wait_for_epoch
+from flows import group
+from tests.flows.conftest import Project, computed, free_port, new_project, wait_for_epoch
 
 FLOAT = {
     "baseline": {"epochs": 3, "batch_size": 15, "precision": "float32"},
@@ -96,3 +101,46 @@ def test_one_process_finishes_what_two_began(both: tuple[Project, Project], tmp_
     project.frontier("--set", "execution.processes=1")
     losses = [[epoch["train/loss"] for epoch in histories(p)["sparse"]] for p in (project, both[1])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def two_machines(folder: Path) -> tuple[Project, Project]:
+    """The machine that leads, and the other one: a state folder each."""
+    execution = {"nodes": 2, "rendezvous": f"127.0.0.1:{free_port()}"}
+    names = ("leads", "joins")
+    first, second = (new_project(folder / n, **FLOAT, execution=execution) for n in names)
+    return first, second
+
+
+@contextmanager
+def training_along(project: Project) -> Iterator[subprocess.Popen[str]]:
+    """A machine that joins, and is told to leave at the end."""
+    command = project.command("join", str(project.params))
+    joined = subprocess.Popen(command, stderr=subprocess.PIPE, **project.options())
+    yield joined
+    joined.terminate()
+    said = joined.communicate(timeout=30)[1]
+    assert (joined.returncode, "the others go on" in said) == (0, True) or joined.returncode < 0
+
+
+def test_two_machines_train_as_one_does(both: tuple[Project, Project], tmp_path: Path) -> None:
+    first, second = two_machines(tmp_path)
+    with training_along(second) as lost:
+        running = begun(first)
+        lost.kill()
+    with training_along(second):
+        assert running.wait(180) == 0
+    found, expected = histories(first), histories(both[0])
+    for label, tolerance in (("baseline", 2e-4), ("sparse", 1e-2), ("finetune 0.6", 1e-2)):
+        losses = [[epoch["train/loss"] for epoch in run[label]] for run in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance), label
+
+
+def test_a_machine_with_other_samples_does_not_join(tmp_path: Path) -> None:
+    second = two_machines(tmp_path)[1]
+    rendezvous = {"rendezvous": f"127.0.0.1:{free_port()}"}
+    job = {**rendezvous, "launch": "one", "inputs": {"data": {"key": "data-another"}}}
+    store = group.announce(job)
+    setting = f"execution.rendezvous={rendezvous['rendezvous']}"
+    refused = second.run("join", str(second.params), "--set", setting, code=2)
+    assert "are not those of the machine that leads (data-another)" in refused.stderr
+    del store
