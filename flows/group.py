@@ -43,9 +43,6 @@ ASK_SECONDS = 5
 GIVEN, CHECKPOINT = "given", "checkpoint"
 """Folder of what was sent here; what a job calls the checkpoint that a baseline starts from."""
 
-OF_ONE = "process-*"
-"""Folders of the processes that are not the first one, in the stage's own."""
-
 
 def launch(job: Job, file: str) -> None:
     """Run a stage on several processes.
@@ -92,14 +89,16 @@ def announce(job: Job) -> Any:
     from torch._C._distributed_c10d import TCPStore
     from torch.distributed import DistNetworkError
 
-    host, port = split(job["rendezvous"])
+    host, port = _split(job["rendezvous"])
     try:
+        # Asked like this first: the store itself would try an address that is another machine's.
+        socket.create_server((host, port)).close()
         store = TCPStore(host, port, is_master=True, multi_tenant=True, wait_for_workers=False)
-    except DistNetworkError as error:
+    except (OSError, DistNetworkError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
-            f"execution.rendezvous {job['rendezvous']} is an address of the machine that runs the"
-            f" pipeline, with a free port, and cannot be opened here ({reason})"
+            "execution.rendezvous has to be an address of the machine that runs the pipeline, with"
+            f" a free port; {job['rendezvous']} cannot be opened here ({reason})"
         ) from error
     store.set(ANNOUNCED, json.dumps({"job": job, "versions": VERSIONS}))
     return store
@@ -110,7 +109,7 @@ def announced(rendezvous: str) -> tuple[Job, dict[str, int]] | None:
     from torch._C._distributed_c10d import TCPStore
     from torch.distributed import DistError
 
-    host, port = split(rendezvous)
+    host, port = _split(rendezvous)
     try:
         # Asked like this first: the store itself would try again and again.
         socket.create_connection((host, port), timeout=ASK_SECONDS).close()
@@ -121,7 +120,7 @@ def announced(rendezvous: str) -> tuple[Job, dict[str, int]] | None:
     return content["job"], content["versions"]
 
 
-def split(rendezvous: str) -> tuple[str, int]:
+def _split(rendezvous: str) -> tuple[str, int]:
     """Host and port of an address."""
     host, _, port = rendezvous.rpartition(":")
     return host, int(port)
@@ -129,7 +128,7 @@ def split(rendezvous: str) -> tuple[str, int]:
 
 def _own_address(rendezvous: str) -> str:
     """The address under which this machine speaks with the rendezvous."""
-    with socket.create_connection(split(rendezvous)) as connection:
+    with socket.create_connection(_split(rendezvous)) as connection:
         return str(connection.getsockname()[0])
 
 
@@ -157,7 +156,7 @@ def share(job: Job, number: int, from_first: Callable[[Any], Any]) -> tuple[Job,
     given = from_first(_given(job) if number == 0 and job["nodes"] > 1 else {})
     if number == 0:
         return job, folder
-    own = folder / OF_ONE.replace("*", str(number))
+    own = folder / f"process-{number}"
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
     for name, content in (state | given).items():

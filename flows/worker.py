@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -34,16 +35,24 @@ def main() -> None:
         _die_with_parent()
     end_with_parent(int(launcher or job["parent"]))
     if job["processes"] * job["nodes"] > 1 and not launched:
-        group.launch(job, sys.argv[1])
+        with _refusals(job, _emitter(sys.stdout)):
+            group.launch(job, sys.argv[1])
         return
     os.register_at_fork(after_in_child=_die_with_parent)
     emit = _emitter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)
-    try:
+    with _refusals(job, emit):
         if launched:
             _compute_together(job, emit)
         else:
             emit({"event": "done", **_compute(job, emit, Path(job["folder"]))})
+
+
+@contextmanager
+def _refusals(job: dict[str, Any], emit: Emit) -> Iterator[None]:
+    """Inside, what is the user's to mend is reported as a sentence."""
+    try:
+        yield
     except UserError as error:
         emit({"event": "refused", "kind": type(error).__name__, "message": str(error)})
     except OSError as error:

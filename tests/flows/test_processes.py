@@ -135,6 +135,13 @@ def test_two_machines_train_as_one_does(both: tuple[Project, Project], tmp_path:
         assert losses[0] == pytest.approx(losses[1], rel=tolerance), label
 
 
+def test_the_machine_that_leads_has_the_rendezvous(tmp_path: Path) -> None:
+    project = two_machines(tmp_path)[0]
+    elsewhere = "execution.rendezvous=192.0.2.1:29400"
+    refused = project.run("frontier", str(project.params), "--set", elsewhere, code=2)
+    assert "192.0.2.1:29400 cannot be opened here" in refused.stderr
+
+
 def test_a_machine_with_other_samples_does_not_join(tmp_path: Path) -> None:
     second = two_machines(tmp_path)[1]
     rendezvous = {"rendezvous": f"127.0.0.1:{free_port()}"}
