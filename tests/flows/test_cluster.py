@@ -11,17 +11,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flows.servers import LEASES_IN_FILES
 from tests.flows.conftest import (
     LONG,
+    TINY,
     Project,
     children_of,
     free_port,
@@ -38,6 +40,7 @@ pytestmark = pytest.mark.skipif(
     or not all(find_spec(name) for name in ("moto", "psycopg2", "prefect_dask", "prefect_ray")),
     reason="takes minutes, servers and workers; `make cluster-test` installs and runs it",
 )
+ROOT = Path(__file__).parents[2]
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 TRAINED = ("baseline", "sparse", "finetune 0.3", "finetune 0.6", "scratch 0.6")
 DASK, RAY = "dask", "ray"
@@ -268,6 +271,47 @@ def test_workers_stop_with_the_run(tmp_path: Path, servers: dict[str, str], how:
         written_at = state.stat().st_mtime
         time.sleep(4)
         assert state.stat().st_mtime == written_at, "nothing trains any more"
+
+
+def test_the_workers_of_a_pool_share_what_two_runs_need(
+    tmp_path: Path, servers: dict[str, str]
+) -> None:
+    """As prefect.yaml says, with a worker on each of two machines, and a run for each of them."""
+
+    def prefect(*arguments: str) -> None:
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        subprocess.run(command, env={**os.environ, **servers}, cwd=ROOT, check=True)
+
+    shipped = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    shipped["deployments"][0] |= {"work_pool": {"name": "pool"}, "schedules": []}
+    del shipped["deployments"][0]["concurrency_limit"]  # Of one run at a time.
+    file = tmp_path / "prefect.yaml"
+    file.write_text(yaml.safe_dump(shipped), encoding="utf-8")
+    prefect("work-pool", "create", "pool", "--type", "process")
+    prefect("deploy", "--all", "--prefect-file", str(file))
+    with ExitStack() as stack:
+        for name in ("a", "b"):
+            worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "pool"]
+            worker += ["--name", name, "--limit", "1"]
+            own = {**servers, "CRNN_SLIM_HOME": str(tmp_path / name)}
+            stack.enter_context(running(worker, tmp_path / f"{name}.log", own))
+        for name, ratio in (("few", 0.3), ("many", 0.6)):
+            changes = {"name": name, "ratios": [ratio]}
+            experiment = {**TINY, **changes, "execution": {"store": "s3://slim/pool"}}
+            parameters = json.dumps({"experiment": experiment})
+            prefect("deployment", "run", "frontier/quickstart", "--params", parameters)
+        wait_until(lambda: len(list(tmp_path.glob("*/reports/*/sweep-*/frontier.json"))) == 2)
+    logs = [(tmp_path / f"{name}.log").read_text(encoding="utf-8") for name in ("a", "b")]
+    for stage in ("baseline", "sparse"):
+        assert sum(log.count(f"\n{stage}: done in ") for log in logs) == 1, "it serves both runs"
+    assert all(list((tmp_path / name / "reports").iterdir()) for name in ("a", "b"))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_a_cluster_that_does_not_answer_is_refused(tmp_path: Path, servers: dict[str, str]) -> None:
