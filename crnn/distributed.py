@@ -8,6 +8,7 @@ of BatchNorm. Without a process group all of this does nothing.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import MethodType
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from crnn.devices import best_device
+
+SILENCE = timedelta(minutes=10)
+"""How long the others wait for a process that is there and does not answer."""
 
 
 def processes() -> int:
@@ -47,7 +51,11 @@ def group(leads: bool) -> Iterator[None]:
         store.set("first", str(number))
     number = (number - int(store.get("first"))) % count
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=number,
+        world_size=count,
+        timeout=SILENCE,
     )
     try:
         yield
