@@ -60,13 +60,18 @@ class Context:
     def note(self, manifest: Manifest, cached: bool) -> None:
         """Say that a stage of the run has finished, and count it."""
         self.forecast.finish(manifest)
-        sentence = self.forecast.sentence()
-        display.show_sweep(*self.forecast.stages, sentence)
+        self.show_sweep()
         if cached:
             display.say(f"{manifest.label}: cached")
         else:
             self.computed.append(manifest.label)
-            display.say(f"{manifest.label}: done in {manifest.seconds:.0f} s ({sentence})")
+            left = "" if self.elsewhere else f" ({self.forecast.sentence()})"
+            display.say(f"{manifest.label}: done in {manifest.seconds:.0f} s{left}")
+
+    def show_sweep(self) -> None:
+        """Show how far the sweep is, where it is to be seen: a worker has a part of it."""
+        if not self.elsewhere:
+            display.show_sweep(*self.forecast.stages, self.forecast.sentence())
 
 
 def _elsewhere(experiment: Experiment, seed: int, mlflow: str) -> Context:
@@ -167,7 +172,7 @@ def _compute(
     def on_event(event: children.Event) -> None:
         context.forecast.step(stage, event)
         display.show(stage.label, event)
-        display.show_sweep(*context.forecast.stages, context.forecast.sentence())
+        context.show_sweep()
         if event["event"] == "epoch":
             context.tracker.epochs(stage, folder / "out")
 
