@@ -46,7 +46,7 @@ def group(leads: bool) -> Iterator[None]:
     device = best_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, number, count = next(rendezvous("env://"))
+    store, number, count = next(rendezvous("env://", timeout=SILENCE))
     if leads and os.environ["LOCAL_RANK"] == "0":
         store.set("first", str(number))
     number = (number - int(store.get("first"))) % count

@@ -361,7 +361,8 @@ def fingerprint(experiment: Experiment) -> str:
     """
     place = str(Path(experiment.data.root).resolve())
     digests = []
-    for source in open_sources(experiment):
+    for split in ("train", "val"):
+        source = open_source(experiment.data, split, experiment.seed)
         if isinstance(source, Shards):
             digests.append(_digest([_remembered(shard, place) for shard in source.shards]))
         else:

@@ -1,6 +1,7 @@
 """Experiment files: one YAML is the whole definition of an experiment."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
@@ -42,6 +43,14 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 Ratios = Annotated[tuple[Ratio, ...], AfterValidator(_sorted_basis_points)]
 
 
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    labels = all(re.fullmatch(r"[A-Za-z0-9_-]{1,63}", label) for label in host.split("."))
+    if not (labels and re.fullmatch(r"[1-9][0-9]{0,4}", port) and int(port) < 2**16):
+        raise ValueError(f"rendezvous is host:port, such as first.example:29400, not {text!r}")
+    return text
+
+
 LOCAL: Final = "local"
 
 
@@ -67,7 +76,7 @@ class ExecutionSettings(Settings):
     loader_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     nodes: Annotated[int, Field(ge=1, le=64)] = 1
-    rendezvous: Annotated[str, Field(pattern=r"^[^:/]+:[1-9][0-9]{0,4}$")] | None = None
+    rendezvous: Annotated[str, AfterValidator(_address)] | None = None
     store: Annotated[str, Field(pattern=r"^(s3|gs|az|file)://.")] | None = None
     runner: Literal["local", "dask", "ray"] = LOCAL
     cluster: Annotated[str, Field(min_length=1)] | None = None

@@ -6,11 +6,14 @@ machines one leads: it has the pipeline, announces each of its trainings at
 as they are there (joining.py); what the stage starts from is sent to them.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +23,7 @@ import psutil
 
 from crnn.errors import SettingsError
 from crnn.files import write_atomic
-from flows.cache import SNAPSHOTS, STATE
+from flows.cache import HISTORY, SNAPSHOTS, STATE
 from flows.definitions import VERSIONS
 
 Job = dict[str, Any]
@@ -54,58 +57,117 @@ def launch(job: Job, file: str) -> None:
     Raises:
         SettingsError: The address of the rendezvous is not this machine's, or not free.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job["cpus"])
     # Each group has a store of its own: in one that outlives it, a group that is started again
     # finds the addresses of the last one's processes, and may wait for them for ever.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    address, own, store = "127.0.0.1:0", "127.0.0.1", None
-    if job["nodes"] > 1:
-        address = job["rendezvous"]
-        store = announce(job) if job["leads"] else None
-        own = _own_address(address)
+    if job["nodes"] == 1:
+        _launch_once(job, file, "127.0.0.1:0", "127.0.0.1")
+    elif job["leads"]:
+        _lead(job, file)
+    else:
+        own = _own_address(job["rendezvous"])
         _use_interface_of(own)
+        _launch_once(job, file, job["rendezvous"], own)
+
+
+def _lead(job: Job, file: str) -> None:
+    """Train with whoever joins, again and again until it is done.
+
+    Every machine that goes costs the launcher one of its restarts, and one that fails for good
+    ends it: so it ends for good itself only when epochs no longer get done.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    store = _open_rendezvous(job["rendezvous"])
+    own = _own_address(job["rendezvous"])
+    _refuse_loopback(job["rendezvous"], own)
+    _use_interface_of(own)
+    failures, seen = 0, _epochs(job)
+    while True:
+        announced = {**job, "launch": f"{job['launch']}-{time.time_ns()}"}
+        store.set(ANNOUNCED, json.dumps({"job": announced, "program": program()}))
+        try:
+            _launch_once(announced, file, job["rendezvous"], own)
+            return
+        except SignalException:
+            raise
+        except Exception:
+            epochs = _epochs(job)
+            failures = 1 if epochs > seen else failures + 1
+            seen = epochs
+            if failures > RESTARTS:
+                raise
+            traceback.print_exc()
+
+
+def _epochs(job: Job) -> int:
+    """How many epochs of a stage are done."""
+    path = Path(job["folder"]) / "out" / HISTORY
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _launch_once(job: Job, file: str, rendezvous: str, own: str) -> None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=job["nodes"],
         nproc_per_node=job["processes"],
         run_id=job["launch"],
         rdzv_backend="c10d",
-        rdzv_endpoint=address,
+        rdzv_endpoint=rendezvous,
         rdzv_configs={"is_host": job["nodes"] == 1, "last_call_timeout": LOST_SECONDS},
         local_addr=own,
         max_restarts=RESTARTS,
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(job["folder"]) / "launcher")),
     )
     elastic_launch(config, sys.executable)("-P", "-m", "flows.worker", file)
-    del store  # Until now the others could meet there.
 
 
-def announce(job: Job) -> Any:
-    """Open the rendezvous, and say there what is to be trained."""
+def _open_rendezvous(rendezvous: str) -> Any:
+    """The store at which the machines meet, for as long as it is referred to."""
     from torch._C._distributed_c10d import TCPStore
     from torch.distributed import DistNetworkError
 
-    host, port = _split(job["rendezvous"])
+    host, port = _split(rendezvous)
     try:
         # Asked like this first: the store itself would try an address that is another machine's.
         socket.create_server((host, port)).close()
-        store = TCPStore(host, port, is_master=True, multi_tenant=True, wait_for_workers=False)
+        return TCPStore(host, port, is_master=True, multi_tenant=True, wait_for_workers=False)
     except (OSError, DistNetworkError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
             "execution.rendezvous has to be an address of the machine that runs the pipeline, with"
-            f" a free port; {job['rendezvous']} cannot be opened here ({reason})"
+            f" a free port; {rendezvous} cannot be opened here ({reason})"
         ) from error
-    store.set(ANNOUNCED, json.dumps({"job": job, "versions": VERSIONS}))
-    return store
 
 
-def announced(rendezvous: str) -> tuple[Job, dict[str, int]] | None:
-    """The job that is being trained there, and the versions of the stages; None where none is."""
+def _refuse_loopback(rendezvous: str, own: str) -> None:
+    """Of a name that leads nowhere but here, others would be told, and not find it."""
+    host = _split(rendezvous)[0]
+    if own.startswith("127.") and host != "localhost" and not host.startswith("127."):
+        raise SettingsError(
+            f"execution.rendezvous: {host} is {own} on this machine, where no other one reaches it;"
+            " give the address of the network that they share"
+        )
+
+
+def program() -> dict[str, str]:
+    """What has to be the same on all machines of a group."""
+    import torch
+
+    from crnn.devices import best_device
+
+    stages = hashlib.sha256(json.dumps(VERSIONS, sort_keys=True).encode()).hexdigest()[:12]
+    version = torch.__version__.partition("+")[0]
+    return {"stages": stages, "torch": version, "device": best_device().type}
+
+
+def announced(rendezvous: str) -> tuple[Job, dict[str, str]] | None:
+    """The job that is being trained there, and the leader's program(); None where none is."""
     from torch._C._distributed_c10d import TCPStore
     from torch.distributed import DistError
 
@@ -117,7 +179,7 @@ def announced(rendezvous: str) -> tuple[Job, dict[str, int]] | None:
         content = json.loads(store.get(ANNOUNCED))
     except (OSError, DistError):
         return None
-    return content["job"], content["versions"]
+    return content["job"], content["program"]
 
 
 def _split(rendezvous: str) -> tuple[str, int]:

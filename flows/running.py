@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -214,7 +213,7 @@ def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[
         "processes": processes,
         "nodes": execution.nodes if together else 1,
         "rendezvous": execution.rendezvous,
-        "launch": f"{stage.key}-{time.time_ns()}",
+        "launch": stage.key,
         "leads": True,
         "loader_workers": execution.loader_workers,
         "parent": os.getpid(),

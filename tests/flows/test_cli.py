@@ -43,6 +43,7 @@ def test_help_is_fast() -> None:
         (["--set", "data.train=0"], "data.train: input should be greater than or equal to 1"),
         (["--set", "execution.parallel=0"], "execution.parallel: input should be greater than"),
         (["--set", "execution.nodes=2"], "nodes, more than one, and rendezvous"),
+        (["--set", "execution.rendezvous=a..b:99999"], "rendezvous is host:port, such as"),
         (["--set", "data.text.min_length=9"], "min_length is at most max_length"),
         (["--set", "data.root=/nowhere", "--set", "data.train=a.txt"], "data.root /nowhere is no"),
     ],

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from flows import group
 from tests.flows.conftest import Project, computed, free_port, new_project, wait_for_epoch
 
 FLOAT = {
@@ -143,11 +142,10 @@ def test_the_machine_that_leads_has_the_rendezvous(tmp_path: Path) -> None:
 
 
 def test_a_machine_with_other_samples_does_not_join(tmp_path: Path) -> None:
-    second = two_machines(tmp_path)[1]
-    rendezvous = {"rendezvous": f"127.0.0.1:{free_port()}"}
-    job = {**rendezvous, "launch": "one", "inputs": {"data": {"key": "data-another"}}}
-    store = group.announce(job)
-    setting = f"execution.rendezvous={rendezvous['rendezvous']}"
-    refused = second.run("join", str(second.params), "--set", setting, code=2)
-    assert "are not those of the machine that leads (data-another)" in refused.stderr
-    del store
+    first, second = two_machines(tmp_path)
+    command = first.command("frontier", str(first.params))
+    leads = subprocess.Popen(command, **first.options())
+    refused = second.run("join", str(second.params), "--set", "data.train=40", code=2)
+    assert "are not those of the machine that leads" in refused.stderr
+    leads.terminate()
+    assert leads.wait(60) != 0
