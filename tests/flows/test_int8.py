@@ -92,6 +92,9 @@ def test_two_processes_train_for_8_bits_as_one_does(exported: Exported, tmp_path
         job = {
             **work.job,
             "processes": processes,
+            "nodes": 1,
+            "launch": "qat",
+            "leads": True,
             "parent": os.getpid(),
             "folder": str(work.folder),
         }
