@@ -273,3 +273,9 @@ def _sealed(manifest: Manifest) -> bytes:
     content = asdict(manifest)
     seal = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
     return json.dumps({**content, SEAL: seal}, indent=1).encode()
+
+
+def epochs_done(out: Path) -> int:
+    """How many epochs a training has recorded in the folder of its files."""
+    history = out / HISTORY
+    return len(history.read_text(encoding="utf-8").splitlines()) if history.exists() else 0

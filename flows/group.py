@@ -23,7 +23,7 @@ import psutil
 
 from crnn.errors import SettingsError
 from crnn.files import write_atomic
-from flows.cache import HISTORY, SNAPSHOTS, STATE
+from flows.cache import SNAPSHOTS, STATE, epochs_done
 from flows.definitions import VERSIONS
 
 Job = dict[str, Any]
@@ -84,7 +84,8 @@ def _lead(job: Job, file: str) -> None:
     own = _own_address(job["rendezvous"])
     _refuse_loopback(job["rendezvous"], own)
     _use_interface_of(own)
-    failures, seen = 0, _epochs(job)
+    out = Path(job["folder"]) / "out"
+    failures, seen = 0, epochs_done(out)
     while True:
         announced = {**job, "launch": f"{job['launch']}-{time.time_ns()}"}
         store.set(ANNOUNCED, json.dumps({"job": announced, "program": program()}))
@@ -94,18 +95,12 @@ def _lead(job: Job, file: str) -> None:
         except SignalException:
             raise
         except Exception:
-            epochs = _epochs(job)
+            epochs = epochs_done(out)
             failures = 1 if epochs > seen else failures + 1
             seen = epochs
             if failures > RESTARTS:
                 raise
             traceback.print_exc()
-
-
-def _epochs(job: Job) -> int:
-    """How many epochs of a stage are done."""
-    path = Path(job["folder"]) / "out" / HISTORY
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _launch_once(job: Job, file: str, rendezvous: str, own: str) -> None:

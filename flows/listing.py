@@ -8,7 +8,7 @@ from typing import Any
 
 from crnn.errors import UserError
 from flows import project
-from flows.cache import HISTORY
+from flows.cache import epochs_done
 from flows.locks import is_free
 from flows.rows import ACCURACY, Row
 
@@ -41,13 +41,11 @@ def stages_under_way() -> Iterator[dict[str, Any]]:
             job = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # It ends, or begins, in this instant.
-        history = path.parent / "out" / HISTORY
-        epochs = len(history.read_text(encoding="utf-8").splitlines()) if history.exists() else 0
         yield {
             "stage": job.get("label", job["stage"]),
             "key": path.parent.name,
             "state": "stopped" if is_free(path.parent.name) else "running",
-            "epochs": epochs,
+            "epochs": epochs_done(path.parent / "out"),
             "of": job["settings"].get("train", {}).get("epochs"),
             "since": _when(path),
         }
