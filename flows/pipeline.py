@@ -193,7 +193,11 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     context = Context(experiment, tracker, [], forecast, stop, experiment.training_seeds[0])
     try:
         with runner(experiment.execution), attended(experiment.name, forecast, stop):
-            return _persistently(context)
+            try:
+                return _persistently(context)
+            finally:
+                # First of all: the task runner waits for its threads, they for their processes.
+                stop.set()
     except KeyboardInterrupt:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
     except TerminationSignal:
@@ -205,8 +209,6 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
         notify(experiment.notify, event, display.say)
         raise
     finally:
-        # Before the task runner waits for its threads, which wait for their processes.
-        stop.set()
         display.end(display.SWEEP)
 
 

@@ -204,9 +204,13 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
         workers = children_of(process.pid)
         assert workers
         stop(process)
-        deadline = time.monotonic() + 5
+        # Tests run beside this one; what is promised, five seconds, the torture holds it to.
+        deadline = time.monotonic() + 20
         while any(Path(f"/proc/{pid}").exists() for pid in workers):
-            assert time.monotonic() < deadline, f"training went on after {stop}"
+            if time.monotonic() > deadline:
+                process.kill()
+                process.communicate()
+                pytest.fail(f"training went on after the stop that ends in {code}")
             time.sleep(0.1)
         process.communicate(timeout=30)
         assert process.returncode == code
