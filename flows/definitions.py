@@ -41,7 +41,7 @@ TRAINING = ("baseline", "sparse", "finetune", "scratch", "small", "qat")
 """Stages that can train on several processes."""
 
 VERSIONS = {
-    "data": 1,
+    "data": 2,
     "baseline": 1,
     "sparse": 3,
     "target": 1,

@@ -55,8 +55,10 @@ def launch(job: Job, file: str) -> None:
         file: Where it is.
 
     Raises:
-        SettingsError: The address of the rendezvous is not this machine's, or not free.
+        SettingsError: More processes than this machine has GPUs, where it has any; or the address
+            of the rendezvous is not this machine's, or not free.
     """
+    _refuse_more_than_gpus(job["processes"])
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job["cpus"])
     # Each group has a store of its own: in one that outlives it, a group that is started again
@@ -70,6 +72,17 @@ def launch(job: Job, file: str) -> None:
         own = _own_address(job["rendezvous"])
         _use_interface_of(own)
         _launch_once(job, file, job["rendezvous"], own)
+
+
+def _refuse_more_than_gpus(processes: int) -> None:
+    """NCCL hangs or fails where two processes of a group share a GPU."""
+    import torch
+
+    if 0 < (gpus := torch.cuda.device_count()) < processes:
+        raise SettingsError(
+            f"execution.processes is {processes} and each needs a GPU of its own; this machine has"
+            f" {gpus}: set it to {gpus} at most"
+        )
 
 
 def _lead(job: Job, file: str) -> None:

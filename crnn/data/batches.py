@@ -1,4 +1,7 @@
-"""Batches of lines of like width, in an order that is a function of (seed, epoch)."""
+"""Batches of lines of like width, in an order that is a function of (seed, epoch).
+
+An epoch is drawn window by window, so that its memory does not grow with the lines.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +23,12 @@ from crnn.settings import AugmentSettings, TrainSettings
 
 Sample = tuple[np.ndarray, str, int]
 """Pixels (32, w, 3), label, number in the source."""
+
+WINDOW = 1 << 20
+"""Lines that are shuffled and sorted by width at once."""
+
+BLOCK = 1 << 10
+"""Neighbours that come into the same window, where there are more lines than one holds."""
 
 
 class Share(NamedTuple):
@@ -168,9 +177,45 @@ class Batches:
 
 def training_batches(lines: Lines, settings: TrainSettings, seed: int, epoch: int) -> Batches:
     """Every line once, shuffled and augmented as (seed, epoch) say; this process's share of it."""
-    batches = _shuffled(lines.widths, settings.batch_size, generator(seed, epoch))
-    shares = [Share(b[own_share(len(b))], _widest(lines, b), len(b)) for b in batches]
-    return _loader(_View(lines, settings.augment, (seed, epoch)), shares)
+    return _loader(
+        _View(lines, settings.augment, (seed, epoch)),
+        _Epoch(lines, settings.batch_size, seed, epoch),
+    )
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """This process's shares of the batches of an epoch, made as they are asked for."""
+
+    lines: Lines
+    size: int
+    seed: int
+    epoch: int
+
+    def __len__(self) -> int:
+        """A window's batches are full but for one, whatever the widths of its lines are."""
+        count = len(self.lines)
+        windows = (min(WINDOW, count - start) for start in range(0, count, WINDOW))
+        return sum(-(-window // self.size) for window in windows)
+
+    def __iter__(self) -> Iterator[Share]:
+        rng = generator(self.seed, self.epoch)
+        for window in _windows(len(self.lines), rng):
+            for batch in _by_width(window, self.lines.widths[window], self.size, rng):
+                own = batch[own_share(len(batch))]
+                yield Share(own, _widest(self.lines, batch), len(batch))
+
+
+def _windows(count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """All lines in random order, a window at a time; a window of some is made of random blocks."""
+    if count <= WINDOW:
+        yield rng.permutation(count)
+        return
+    last = (count - 1) // BLOCK  # May be short, and stays the last: all windows but one are full.
+    blocks = np.append(rng.permutation(last), last)
+    for chosen in _chunks(blocks, WINDOW // BLOCK):
+        members = (chosen[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        yield rng.permutation(members[members < count])
 
 
 def evaluation_batches(lines: Lines, batch_size: int = 64, part: slice = slice(None)) -> Batches:
@@ -200,10 +245,11 @@ def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _shuffled(widths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+def _by_width(
+    order: np.ndarray, widths: np.ndarray, size: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
     """Batches of one bucket each; what is left over in the buckets is joined by width."""
-    order = rng.permutation(len(widths))
-    buckets = _bucket(widths)[order]
+    buckets = _bucket(widths)
     batches: list[np.ndarray] = []
     left_over: list[np.ndarray] = []
     for bucket in np.unique(buckets):
@@ -212,10 +258,10 @@ def _shuffled(widths: np.ndarray, size: int, rng: np.random.Generator) -> list[n
         batches += _chunks(members[:full], size)
         left_over.append(members[full:])
     batches += _chunks(np.concatenate(left_over), size)
-    return [batches[i] for i in rng.permutation(len(batches))]
+    return (batches[i] for i in rng.permutation(len(batches)))
 
 
-def _loader(view: _View, shares: list[Share]) -> Batches:
+def _loader(view: _View, shares: Sequence[Share] | _Epoch) -> Batches:
     workers = min(view.lines.workers, len(shares))
     loader = DataLoader(
         view,

@@ -138,7 +138,7 @@ def check_split(
             widths.append(width)
         if on_sample:
             on_sample(index + 1, len(source))
-    return Checked(source, np.array(indices, np.int64), np.array(widths, np.int32), bad)
+    return Checked(source, np.frombuffer(indices, np.int64), np.frombuffer(widths, np.int32), bad)
 
 
 def _fault(label: str, frames: int, charset: Charset) -> tuple[str, str] | None:

@@ -1,20 +1,20 @@
 """The data stage: look at every sample, and index the usable ones."""
 
 import csv
+import json
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from crnn.charset import Charset
 from crnn.data.check import Checked, check_splits, refuse_bad, refuse_empty
 from crnn.data.sources import Source
 from crnn.files import write_atomic
 from crnn.networks.vgg import STRIDE
-from flows.stages.work import Outcome, Work
-
-LINES = "lines.npz"
+from flows.stages.work import LINES, READING, Outcome, Work
 
 
 def data(work: Work) -> Outcome:
@@ -29,16 +29,21 @@ def data(work: Work) -> Outcome:
     train, val = checked.splits["train"], checked.splits["val"]
     seen = _label_hashes(train.source, train.indices)
     new = ~np.isin(_label_hashes(val.source, val.indices), seen)
-    np.savez(
+    reading = {
+        "charset": checked.charset.characters,
+        "fingerprint": work.settings["fingerprint"],
+        "max_width": work.data.max_width,
+    }
+    save_file(
+        {
+            "train_indices": train.indices,
+            "train_widths": train.widths,
+            "val_indices": val.indices,
+            "val_widths": val.widths,
+            "val_unseen": val.indices[new],
+        },
         work.out / LINES,
-        fingerprint=np.array(work.settings["fingerprint"]),
-        charset=np.array(list(checked.charset.characters)),
-        max_width=np.array(work.data.max_width),
-        train_indices=train.indices,
-        train_widths=train.widths,
-        val_indices=val.indices,
-        val_widths=val.widths,
-        val_unseen=val.indices[new],
+        {READING: json.dumps(reading)},
     )
     return LINES, {
         "data/train_samples": float(len(train.indices)),

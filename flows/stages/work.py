@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torchinfo import summary
 
 from crnn.charset import Charset
@@ -31,6 +32,10 @@ from flows.cache import SUMMARY
 from pruning.cost import LINE_WIDTH
 
 Event = dict[str, Any]
+
+LINES, READING = "lines.safetensors", "reading"
+"""The data stage's index of the usable samples, and the entry in it that tells how to read them."""
+
 MAX_LOADERS = 8
 """Loader processes that one GPU can want; each keeps a few batches in shared memory."""
 
@@ -77,25 +82,30 @@ class Work:
     def lines(self, split: str) -> Lines:
         """The usable samples of a split, as the data stage indexed them."""
         charset, max_width = self._reading()
-        with np.load(self.input("data")) as index:
-            return Lines(
-                source=open_source(self.data, split, self.job["seed"]),
-                indices=index[f"{split}_indices"],
-                widths=index[f"{split}_widths"],
-                charset=charset,
-                max_width=max_width,
-                workers=_cores(self.job)[1],
-            )
+        return Lines(
+            source=open_source(self.data, split, self.job["seed"]),
+            indices=self._indexed(f"{split}_indices"),
+            widths=self._indexed(f"{split}_widths"),
+            charset=charset,
+            max_width=max_width,
+            workers=_cores(self.job)[1],
+        )
+
+    def _indexed(self, name: str) -> np.ndarray:
+        """One array of the data stage's, left on the disk until it is read."""
+        with safe_open(self.input("data"), "pt") as index:
+            array: np.ndarray = index.get_tensor(name).numpy()
+            return array
 
     def _reading(self) -> tuple[Charset, int]:
         """Charset and widest line in pixels, as the data stage found them."""
-        with np.load(self.input("data")) as index:
-            return Charset("".join(index["charset"])), int(index["max_width"])
+        with safe_open(self.input("data"), "pt") as index:
+            reading = json.loads(index.metadata()[READING])
+        return Charset(reading["charset"]), reading["max_width"]
 
     def unseen(self) -> set[int]:
         """Val samples whose label does not occur in train."""
-        with np.load(self.input("data")) as index:
-            return set(index["val_unseen"].tolist())
+        return set(self._indexed("val_unseen").tolist())
 
     def save_model(self, path: Path, model: Recogniser) -> None:
         """Write a checkpoint with the charset and geometry of the data."""

@@ -1,9 +1,11 @@
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from crnn.data import batches as batches_module
 from crnn.data.batches import BUCKET, Lines, evaluation_batches, normalise, pad, training_batches
 from crnn.settings import AugmentSettings, TrainSettings
 
@@ -14,6 +16,41 @@ def test_an_epoch_has_every_line_once(lines: Lines) -> None:
     for batches in (training_batches(lines, PLAIN, 0, 0), evaluation_batches(lines, 4)):
         seen = [index for batch in batches for index in batch.indices]
         assert sorted(seen) == list(range(len(lines)))
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 17, 31, 32])
+def test_an_epoch_in_windows_has_every_line_once_and_as_many_batches_as_it_says(
+    lines: Lines, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_module, "WINDOW", 8)
+    monkeypatch.setattr(batches_module, "BLOCK", 2)
+    few = replace(lines, indices=lines.indices[:count], widths=lines.widths[:count])
+    orders = []
+    for epoch in range(2):
+        batches = training_batches(few, TrainSettings(epochs=1, batch_size=3), 0, epoch)
+        seen = [batch.indices for batch in batches]
+        assert len(seen) == len(batches)
+        orders.append([index for indices in seen for index in indices])
+        assert sorted(orders[-1]) == list(range(count))
+    assert count < 8 or orders[0] != orders[1]
+
+
+def test_the_memory_of_an_epoch_does_not_grow_with_its_lines(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_module, "WINDOW", 1 << 14)
+
+    def most_bytes(windows: int) -> int:
+        count = windows << 14
+        many = replace(lines, indices=np.broadcast_to(0, count), widths=np.broadcast_to(64, count))
+        tracemalloc.start()
+        read = sum(share.size for share in batches_module._Epoch(many, 32, 0, 0))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert read == count
+        return most
+
+    assert most_bytes(32) < 1.1 * most_bytes(2)
 
 
 def test_order_and_pixels_depend_on_seed_and_epoch_alone(lines: Lines) -> None:

@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from crnn.errors import SettingsError
+from flows import group
 from tests.flows.conftest import Project, computed, free_port, new_project, wait_for_epoch
 
 FLOAT = {
@@ -139,6 +142,13 @@ def test_the_machine_that_leads_has_the_rendezvous(tmp_path: Path) -> None:
     elsewhere = "execution.rendezvous=192.0.2.1:29400"
     refused = project.run("frontier", str(project.params), "--set", elsewhere, code=2)
     assert "192.0.2.1:29400 cannot be opened here" in refused.stderr
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    group._refuse_more_than_gpus(2)
+    with pytest.raises(SettingsError, match=r"processes is 3 .* this machine has 2: set it to 2"):
+        group._refuse_more_than_gpus(3)
 
 
 def test_a_machine_with_other_samples_does_not_join(tmp_path: Path) -> None:
