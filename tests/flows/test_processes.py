@@ -28,14 +28,28 @@ FLOAT = {
 TOGETHER = {**FLOAT, "execution": {"processes": 2}}
 
 
-def histories(project: Project) -> dict[str, list[dict[str, float]]]:
-    """Epochs of every training, by the label of its stage."""
+History = dict[str, list[dict[str, float]]]
+"""Epochs of every training, by the label of its stage."""
+
+
+def histories(project: Project) -> History:
     found = {}
     for label, manifest in project.manifests().items():
         path = project.home / "stages" / manifest["key"] / "history.jsonl"
         if path.exists():
             found[label] = [json.loads(line) for line in path.read_text().splitlines()]
     return found
+
+
+def assert_trained_alike(found: History, expected: History) -> None:
+    """The losses are the same up to rounding.
+
+    It grows, most where it decides which channel dies first: weights that differ by 1e-7 at the
+    start of each training part two runs of one process by 0.9% in the sparse stage.
+    """
+    for label, tolerance in (("baseline", 2e-4), ("sparse", 3e-2), ("finetune 0.6", 3e-2)):
+        losses = [[epoch["train/loss"] for epoch in run[label]] for run in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance), label
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +62,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> tuple
 def test_two_processes_train_as_one_does(both: tuple[Project, Project]) -> None:
     alone, together = (histories(project) for project in both)
     assert alone.keys() == together.keys()
-    # Rounding grows, most where it decides which channel dies first: weights that differ by 1e-7
-    # at the start of each training part two runs of one process by 0.9% in the sparse stage.
-    for label, tolerance in (("baseline", 2e-4), ("sparse", 3e-2), ("finetune 0.6", 3e-2)):
-        losses = [[epoch["train/loss"] for epoch in run[label]] for run in (alone, together)]
-        assert losses[1] == pytest.approx(losses[0], rel=tolerance), label
+    assert_trained_alike(together, alone)
     first = [run["baseline"][0]["train/loss"] for run in (alone, together)]
     assert first[1] == pytest.approx(first[0], rel=1e-5), "before rounding has grown"
     zeros = [run["sparse"][-1]["gamma/share_zero"] for run in (alone, together)]
@@ -134,11 +144,7 @@ def test_two_machines_train_as_one_does(both: tuple[Project, Project], tmp_path:
     with training_along(second):
         assert running.wait(180) == 0
     found, expected = histories(first), histories(both[0])
-    # Rounding grows, most where it decides which channel dies first: weights that differ by 1e-7
-    # at the start of each training part two runs of one process by 0.9% in the sparse stage.
-    for label, tolerance in (("baseline", 2e-4), ("sparse", 3e-2), ("finetune 0.6", 3e-2)):
-        losses = [[epoch["train/loss"] for epoch in run[label]] for run in (found, expected)]
-        assert losses[0] == pytest.approx(losses[1], rel=tolerance), label
+    assert_trained_alike(found, expected)
 
 
 def test_the_machine_that_leads_has_the_rendezvous(tmp_path: Path) -> None:
