@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -162,6 +163,7 @@ def main() -> None:
     from flows import worker
 
     worker.stages()
+    import_module("torch._dynamo")  # The first optimizer does it, which takes seconds.
     while True:
         content, descriptors, _, _ = socket.recv_fds(requests, LARGEST, 3)
         if not content:

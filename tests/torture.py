@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ from tests.flows.test_pipeline import cancelling, sending
 
 KILLS, CANCELS, ARTIFACTS, INPUTS = 40, 10, 100, 200
 STAGES = ("data", "baseline", "sparse", "prune", "finetune", "export", "int8", "measure", "latency")
-EXPERIMENT = {**LONG, "sparse": {**LONG["sparse"], "epochs": 12}, "export": {}}
 TRAINING = ("baseline", "sparse", "finetune")
+EXPERIMENT = {**LONG, "sparse": {**LONG["sparse"], "epochs": 12}, "export": {}}
+
+fresh_project = partial(new_project, fresh=True, **EXPERIMENT)
 
 
 @dataclass
@@ -79,7 +82,7 @@ def main() -> None:
     # A shell starts background jobs with SIGINT ignored, and what they start inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder, serve_prefect(Path(folder)):
-        reference = new_project(Path(folder) / "reference", **EXPERIMENT)
+        reference = fresh_project(Path(folder) / "reference")
         reference.frontier()
 
         def suffer(fault: Fault) -> Outcome:
@@ -195,7 +198,7 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """kill -9 of the pipeline, of a stage's process or of its loader, over all stages."""
     outcome = Outcome("kill -9 of pipeline, stage or loader")
     while outcome.tried < KILLS:
-        project = new_project(folder / str(outcome.tried), **EXPERIMENT)
+        project = fresh_project(folder / str(outcome.tried))
         for stage in (stage for stage in STAGES for _ in range(2)):
             process = start(project)
             found = wait_for_stage(project, process, stage)
@@ -221,7 +224,7 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
 def cancels(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """Ctrl-C, SIGTERM and a cancel in Prefect stop everything within five seconds."""
     outcome = Outcome("Ctrl-C, SIGTERM, cancel in Prefect")
-    project = new_project(folder, **EXPERIMENT, name="cancels")
+    project = fresh_project(folder, name="cancels")
     ways = [sending(signal.SIGINT), sending(signal.SIGTERM), cancelling("cancels")]
     while outcome.tried < CANCELS:
         process = start(project)
@@ -276,7 +279,7 @@ def artifact_faults(folder: Path, reference: Project, chance: random.Random) -> 
         kept = list(project.set_aside_folder().glob(f"{stage.name}-*"))
         outcome.check(len(kept) == 1, f"{stage.name} was not set aside")
     del os.environ["CRNN_SLIM_HOME"]
-    whole = new_project(folder / "whole", **EXPERIMENT)
+    whole = fresh_project(folder / "whole")
     for label in ("baseline", "sparse", "finetune 0.6"):
         shutil.copytree(reference.home, whole.home, dirs_exist_ok=True)
         stage = whole.home / "stages" / whole.manifests()[label]["key"]
@@ -369,7 +372,7 @@ def write_image(path: Path) -> None:
 def two_at_once(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """Two pipelines of the same experiment; the one that computes is killed."""
     outcome = Outcome("two pipelines, the computing one killed", tried=1)
-    project = new_project(folder, **EXPERIMENT)
+    project = fresh_project(folder)
     first, second = start(project), start(project)
     found = wait_for_stage(project, first, "sparse")
     assert found
@@ -393,7 +396,7 @@ def two_at_once(folder: Path, reference: Project, chance: random.Random) -> Outc
 def eight_at_once(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """Eight pipelines on a fresh state folder compute each stage once."""
     outcome = Outcome("eight pipelines on a fresh store", tried=8)
-    project = new_project(folder, **EXPERIMENT)
+    project = fresh_project(folder)
     command = project.command("frontier", str(project.params), "--json")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     group = [subprocess.Popen(command, **pipes, **project.options()) for _ in range(8)]
@@ -409,7 +412,7 @@ def eight_at_once(folder: Path, reference: Project, chance: random.Random) -> Ou
 def mlflow_outage(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """The MLflow server dies while a stage trains, and is back before the next run."""
     outcome = Outcome("MLflow server gone in mid-training", tried=1)
-    project = new_project(folder, **EXPERIMENT)
+    project = fresh_project(folder)
     port = free_port()
     project.environment = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     with serve_mlflow(folder, port):
@@ -426,7 +429,7 @@ def mlflow_outage(folder: Path, reference: Project, chance: random.Random) -> Ou
 def prefect_outage(folder: Path, reference: Project, chance: random.Random) -> Outcome:
     """The pipeline's own Prefect server is killed while a stage trains."""
     outcome = Outcome("Prefect server gone in mid-training", tried=1)
-    project = new_project(folder, **EXPERIMENT)
+    project = fresh_project(folder)
     options = project.options()
     del options["env"]["PREFECT_API_URL"]
     options["env"]["PREFECT_HOME"] = str(folder / "prefect")
@@ -451,7 +454,7 @@ def full_disk(folder: Path, reference: Project, chance: random.Random) -> Outcom
     if subprocess.run(mount, capture_output=True).returncode:
         return outcome
     try:
-        project = new_project(small / "project", **EXPERIMENT)
+        project = fresh_project(small / "project")
         project.environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
         size = 200
         while (code := start(project).wait(300)) != 0:

@@ -12,7 +12,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -52,6 +54,10 @@ class Project:
         return self.folder / ".pipeline"
 
     @property
+    def database(self) -> Path:
+        return self.home / "mlflow" / "mlflow.db"
+
+    @property
     def params(self) -> Path:
         return self.folder / "tiny.yaml"
 
@@ -82,12 +88,26 @@ class Project:
         return {manifest["label"]: manifest for manifest in found}
 
 
-def new_project(folder: Path, **changes: Any) -> Project:
-    """A project of its own with the tiny experiment."""
+def new_project(folder: Path, fresh: bool = False, **changes: Any) -> Project:
+    """A project of its own with the tiny experiment.
+
+    Unless fresh it has a store of MLflow's already, which takes seconds to set up.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     project = Project(folder)
     project.params.write_text(yaml.safe_dump({**TINY, **changes}), encoding="utf-8")
+    if not fresh:
+        project.database.parent.mkdir(parents=True)
+        project.database.write_bytes(_empty_database())
     return project
+
+
+@cache
+def _empty_database() -> bytes:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "mlflow.db"
+        MlflowClient(f"sqlite:///{file}").search_experiments()
+        return file.read_bytes()
 
 
 def copy_of(finished: tuple[Project, Any], folder: Path) -> Project:
@@ -97,7 +117,7 @@ def copy_of(finished: tuple[Project, Any], folder: Path) -> Project:
 
 
 def client_of(project: Project) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}")
+    return MlflowClient(f"sqlite:///{project.database}")
 
 
 def runs_of(project: Project, kind: str, experiment_name: str = "tiny") -> dict[str, Run]:
@@ -228,7 +248,7 @@ def computed(folder: pytest.TempPathFactory, name: str, **changes: Any) -> tuple
     """A finished project and what it printed; test processes side by side share it."""
     base = folder.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    project = new_project(base / name, **changes)
+    project = new_project(base / name, fresh=True, **changes)
     printed = base / f"{name}.json"
     with FileLock(base / f"{name}.lock"):
         if not printed.exists():

@@ -128,7 +128,7 @@ def test_the_champion_serves_and_survives_bad_requests(exported: Exported, tmp_p
     address = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/tiny@champion"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project.home / 'mlflow' / 'mlflow.db'}"}
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project.database}"}
     options = project.options()
     # MLflow starts a server by its name alone.
     path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

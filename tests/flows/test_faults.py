@@ -64,7 +64,7 @@ def test_a_resume_state_that_cannot_be_used_is_set_aside(
 
 def test_a_disk_too_full_for_prefect_s_server_is_said(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "1m") as small:
-        project = new_project(small / "project")
+        project = new_project(small / "project", fresh=True)
         environment = project.options()["env"]
         del environment["PREFECT_API_URL"]
         command = project.command("frontier", str(project.params))
@@ -76,7 +76,7 @@ def test_a_disk_too_full_for_prefect_s_server_is_said(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "3m") as small:
         changes = {"model": {"width": 0.4, "hidden": 8}, "ratios": [0.6]}
-        project = new_project(small / "project", **changes)
+        project = new_project(small / "project", fresh=True, **changes)
         project.environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
         failed = project.run("frontier", str(project.params), code=2)
         last = failed.stderr.strip().splitlines()[-1]

@@ -231,7 +231,7 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
 
 
 def test_two_pipelines_at_once_compute_each_stage_once(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "twice")
+    project = new_project(tmp_path / "twice", fresh=True)
     command = project.command("frontier", str(project.params), "--json")
     pair = [
         subprocess.Popen(

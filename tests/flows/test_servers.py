@@ -37,7 +37,7 @@ def wait_until_said(log: Path, words: str, process: subprocess.Popen[str]) -> No
 
 def test_up_serves_both_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL")
-    project = new_project(tmp_path / "project")
+    project = new_project(tmp_path / "project", fresh=True)
     mlflow, prefect = free_port(), free_port()
     ports = ["--mlflow-port", str(mlflow), "--prefect-port", str(prefect)]
     server = started(project, "up", *ports, log=tmp_path / "log")

@@ -23,7 +23,8 @@ def machines(folder: Path, store: str, **changes: Any) -> tuple[Project, Project
     """Two state folders with the same experiment and store."""
     execution = {**changes.pop("execution", {}), "store": store}
     one, other = (
-        new_project(folder / name, **changes, execution=execution) for name in ("one", "other")
+        new_project(folder / name, **{"ratios": [0.6], **changes}, execution=execution)
+        for name in ("one", "other")
     )
     return one, other
 

@@ -124,7 +124,7 @@ def test_a_store_that_cannot_be_reached_costs_nothing_and_is_filled_later(
 def without_store(finished: Finished, folder: Path) -> tuple[Project, Path]:
     """The finished project of which MLflow knows nothing, and where its store will be."""
     project = copy_of(finished, folder)
-    store = project.home / "mlflow" / "mlflow.db"
+    store = project.database
     store.unlink()
     return project, store
 
@@ -170,8 +170,8 @@ def test_a_stage_that_ends_before_its_beginning_is_recorded_is_finished(
 
 
 def test_a_process_that_dies_while_it_makes_the_store_leaves_none(tmp_path: Path) -> None:
-    project = new_project(tmp_path)
-    store = project.home / "mlflow" / "mlflow.db"
+    project = new_project(tmp_path, fresh=True)
+    store = project.database
     unfinished = store.with_name("mlflow.db.unfinished")
     process = subprocess.Popen(project.command("gc"), stdout=subprocess.PIPE, **project.options())
     while not (unfinished.exists() and unfinished.stat().st_size):
