@@ -3,13 +3,13 @@
     .venv/bin/python -m benchmarks.latency
 
 5,963 classes, random weights. The cut of 0.62 has the article's widths, that of 0.87 keeps 13% of
-every layer; "in eights" is the same with every layer's width at the next multiple of 8, as
-`prune.round_to: 8` makes them, which vector units like. All candidates take turns in every round,
-each turn after an untimed run, so that what else the machine does hits all of them; ratios are to
-the uncut network in eager torch, as it is usually written, with the same threads, batch and width.
-"Channels last" is the same network in the memory format that suits CPUs. The exports have the best
-path inside (`export.output: classes`), as torch has it here. The bound is the time that the
-multiply-adds alone take at the speed of a large float32 matrix product.
+every layer; "in eights" is the same ratio in multiples of 8, which vector units like, as
+`prune.round_to: 8` chooses them where the gammas of every layer fall evenly. All candidates take
+turns in every round, each turn after an untimed run, so that what else the machine does hits all of
+them; ratios are to the uncut network in eager torch, as it is usually written, with the same
+threads, batch and width. "Channels last" is the same network in the memory format that suits CPUs.
+The exports have the best path inside (`export.output: classes`), as torch has it here. The bound is
+the time that the multiply-adds alone take at the speed of a large float32 matrix product.
 """
 
 import json
@@ -34,6 +34,8 @@ from crnn.reading import load_exported, normalised
 from crnn.settings import ExportSettings, ModelSettings
 from pruning.cost import interleaved_ms, macs, parameters
 from pruning.gammas import absolute_gammas
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings
 from pruning.surgery import cut
 
 CHARACTERS = 5962
@@ -93,13 +95,13 @@ def networks() -> dict[str, Recogniser]:
             torch.nn.init.normal_(layer.bias)  # All zero, they would be one tensor of the file.
     full = [len(gamma) for gamma in absolute_gammas(model)]
 
-    def keeping(widths: list[int]) -> Recogniser:
-        return cut(model, [torch.arange(n) < w for n, w in zip(full, widths, strict=True)])
-
     found = {"uncut": model}
     for name, widths in (("0.62", ARTICLE), ("0.87", [round(0.13 * n) for n in full])):
-        found[f"cut {name}"] = keeping(list(widths))
-        found[f"cut {name}, in eights"] = keeping([-(-w // 8) * 8 for w in widths])
+        masks = [torch.arange(n) < w for n, w in zip(full, widths, strict=True)]
+        # Every layer's gammas pass one half where its width ends.
+        gammas = [1 / (1 + torch.arange(n) / w) for n, w in zip(full, widths, strict=True)]
+        eights = keep_masks(gammas, float(name), PruneSettings(round_to=8))
+        found |= {f"cut {name}": cut(model, masks), f"cut {name}, in eights": cut(model, eights)}
     return found
 
 

@@ -101,6 +101,7 @@ def quantize(
             weight_type=QuantType.QInt8,
         )
         quantized = onnx.load(whole)
+    _halve_bias_of_head(quantized.graph)
     _strip(quantized.graph)
     del quantized.metadata_props[:]
     quantized.metadata_props.extend(network.metadata_props)
@@ -117,6 +118,21 @@ def _one_scale_for_heads(network: onnx.ModelProto) -> dict[str, list[dict[str, Q
         for name in node.input[:2]
         if name in weights
     }
+
+
+def _halve_bias_of_head(graph: onnx.GraphProto) -> None:
+    """Store its thousands of numbers in 16 bits; the runtime widens them when it loads them."""
+    added = {name for node in graph.node if node.op_type == "Add" for name in node.input}
+    for bias in [t for t in graph.initializer if t.name in added and len(t.dims) == 1]:
+        numbers = onnx.numpy_helper.to_array(bias)
+        if numbers.dtype == np.float32:
+            half = onnx.numpy_helper.from_array(numbers.astype(np.float16), f"half {bias.name}")
+            widened = onnx.helper.make_node(
+                "Cast", [half.name], [bias.name], to=onnx.TensorProto.FLOAT
+            )
+            graph.node.insert(0, widened)
+            graph.initializer.remove(bias)
+            graph.initializer.append(half)
 
 
 def _strip(graph: onnx.GraphProto) -> None:

@@ -1,6 +1,6 @@
 """Which channels stay: one global threshold over all layers, with floors and rounding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import ROUND_CEILING, Decimal
 
 import torch
@@ -21,7 +21,9 @@ def keep_masks(
     Global threshold of Network Slimming (Liu et al. 2017, arXiv:1708.06519). Deviations: `exact`
     removes floor(N x ratio) channels, ties broken by layer and channel, where the `reference`
     code removes one more and all ties; every layer keeps its largest channels up to a floor, and
-    under `exact` what a floor saves is taken elsewhere.
+    under `exact` what a floor saves is taken elsewhere. Where widths are to be multiples of
+    round_to, `exact` ranks and removes so many channels of a layer at once, and up to round_to - 1
+    fewer in all.
 
     Args:
         gammas: One (C_i,) tensor for each group of channels, in forward order.
@@ -45,15 +47,9 @@ def keep_masks(
             torch.where(m > 0, m, -1 / (1 + order.cpu()))
             for m, order in zip(magnitudes, deaths, strict=True)
         ]
-    protected = [_largest(m, _floor(len(m), settings)) for m in magnitudes]
     select = _exact if settings.selection == "exact" else _reference
-    masks = [
-        a | b for a, b in zip(select(magnitudes, protected, prune_ratio), protected, strict=True)
-    ]
-    return [
-        _largest(m, _round_up(int(mask.sum()), settings.round_to), within=mask)
-        for m, mask in zip(magnitudes, masks, strict=True)
-    ]
+    widths = select(magnitudes, prune_ratio, settings)
+    return [_largest(m, width) for m, width in zip(magnitudes, widths, strict=True)]
 
 
 def largest_ratio(gammas: Sequence[Tensor], settings: PruneSettings) -> float:
@@ -68,44 +64,61 @@ def _ratio(count: int, channels: int) -> float:
     return int(Decimal(count) / channels * 10_000) / 10_000
 
 
-def _exact(magnitudes: list[Tensor], protected: list[Tensor], ratio: float) -> list[Tensor]:
-    flat, safe = torch.cat(magnitudes), torch.cat(protected)
-    count = int(len(flat) * Decimal(str(ratio)))
-    free = int((~safe).sum())
-    if count > free:
+def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> list[int]:
+    """Widths of the layers once the blocks that matter least are gone."""
+    widths = [len(m) for m in magnitudes]
+    left = int(sum(widths) * Decimal(str(ratio)))
+    blocks = sorted(_blocks(magnitudes, settings))
+    free = sum(size for *_, size in blocks)
+    if left > free:
         raise SettingsError(
-            f"prune ratio {ratio} would remove {count} of {len(flat)} channels, but the floors"
-            f" (prune.min_channels, prune.min_ratio) allow {free}; the largest ratio is"
-            f" {_ratio(free, len(flat))}"
+            f"prune ratio {ratio} would remove {left} of {sum(widths)} channels, but the floors"
+            f" (prune.min_channels, prune.min_ratio, prune.round_to) allow {free}; the largest"
+            f" ratio is {_ratio(free, sum(widths))}"
         )
-    order = flat.argsort(stable=True)
-    keep = torch.ones(len(flat), dtype=torch.bool)
-    keep[order[~safe[order]][:count]] = False
-    return list(torch.split(keep, [len(m) for m in magnitudes]))
+    for _, layer, _, size in blocks:
+        left -= size
+        if left < 0:
+            break
+        widths[layer] -= size
+    return widths
 
 
-def _reference(magnitudes: list[Tensor], protected: list[Tensor], ratio: float) -> list[Tensor]:
+def _blocks(
+    magnitudes: list[Tensor], settings: PruneSettings
+) -> Iterator[tuple[float, int, int, int]]:
+    """What may go: the worth of a block of channels, its layer, its negated place, its size.
+
+    Worth is the mean magnitude per channel. A block of dead channels alone is worth less than any
+    other, and the less the earlier its last one died.
+    """
+    for layer, m in enumerate(magnitudes):
+        ranked = m.sort(descending=True).values
+        for place in range(_floor(len(m), settings), len(m), settings.round_to):
+            block = ranked[place : place + settings.round_to]
+            worth = float(block.clamp(min=0).mean()) or float(block[0])
+            yield worth, layer, -place, len(block)
+
+
+def _reference(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> list[int]:
     """Index and strict comparison of the published code: one channel more goes, and all ties."""
     flat = torch.cat(magnitudes).sort().values
     threshold = flat[int(len(flat) * ratio)]
-    return [m > threshold for m in magnitudes]
+    return [max(int((m > threshold).sum()), _floor(len(m), settings)) for m in magnitudes]
 
 
 def _floor(channels: int, settings: PruneSettings) -> int:
+    """Fewest channels that a layer of so many keeps."""
     share = (channels * Decimal(str(settings.min_ratio))).to_integral_value(ROUND_CEILING)
-    return min(channels, max(settings.min_channels, int(share)))
+    fewest = max(settings.min_channels, int(share))
+    return min(channels, -(-fewest // settings.round_to) * settings.round_to)
 
 
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _largest(magnitudes: Tensor, count: int, within: Tensor | None = None) -> Tensor:
-    """Mask of the `count` largest, the members of `within` before all others.
+def _largest(magnitudes: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest.
 
     Of equal ones the later channel counts as larger, as in the order that `exact` removes by.
     """
-    score = magnitudes if within is None else magnitudes + within * (magnitudes.max() + 1)
     mask = torch.zeros(len(magnitudes), dtype=torch.bool)
-    mask[score.argsort(stable=True).flip(0)[:count]] = True
+    mask[magnitudes.argsort(stable=True).flip(0)[:count]] = True
     return mask

@@ -66,6 +66,9 @@ class Targets(Settings):
 class PruneSettings(Settings):
     """Selection of channels and the cut.
 
+    Every layer keeps at least min_channels and a share of min_ratio, and, under selection exact, a
+    multiple of round_to, as the vector units of a CPU like it.
+
     lstm_ratio is the share of the hidden units that every layer and direction of the LSTM loses;
     with a head_rank the head becomes two layers with so many numbers a frame between them.
     """
@@ -79,3 +82,12 @@ class PruneSettings(Settings):
     calibration_lines: Annotated[int, Field(ge=1)] = 512
     lstm_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     head_rank: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _reference_does_not_round(self) -> Self:
+        if self.selection == "reference" and self.round_to > 1:
+            raise ValueError(
+                f"round_to {self.round_to} needs selection exact; reference does what the"
+                " published code does, which rounds nothing"
+            )
+        return self

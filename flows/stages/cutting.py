@@ -34,7 +34,7 @@ def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint
     Raises:
         UserError: The ratio is beyond what the floors allow.
     """
-    path, deaths = start_of_cut(index, ratio)
+    path, deaths = start_of_cut(index, ratio, settings)
     uncut = load_checkpoint(path)
     return uncut, keep_masks(absolute_gammas(uncut.model), ratio, settings, deaths)
 

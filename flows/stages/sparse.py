@@ -9,7 +9,6 @@ dead. With the other methods channels come back, and only the last epoch counts.
 import copy
 import json
 from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -29,7 +28,8 @@ from flows.stages.training import fresh_model, history, refuse_impossible_cuts, 
 from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import widths
 from pruning.readiness import Readiness, readiness
-from pruning.settings import SparseSettings
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings, SparseSettings
 from pruning.sparsity import penalty_of
 
 INDEX = "snapshots.json"
@@ -57,22 +57,28 @@ def sparse(work: Work) -> Outcome:
     return INDEX, {**metrics, **figures}
 
 
-def start_of_cut(index: Path, ratio: float) -> tuple[Path, list[Tensor]]:
+def start_of_cut(index: Path, ratio: float, settings: PruneSettings) -> tuple[Path, list[Tensor]]:
     """The network of a sparse stage to cut at a ratio: the first with all that goes dead.
 
     Args:
         index: Result file of the stage.
         ratio: Prune ratio.
+        settings: Of the cut.
 
     Returns:
         Its checkpoint, and the order of death, (C_i,) each, as keep_masks takes it. Beyond what
         is dead in the last one, that is the one.
+
+    Raises:
+        SettingsError: The ratio is beyond what the floors allow.
     """
     content = json.loads(index.read_text(encoding="utf-8"))
     deaths = [torch.tensor(layer) for layer in content["deaths"]]
-    count = int(sum(len(layer) for layer in deaths) * Decimal(str(ratio)))
+    masks = keep_masks([(layer == 0).float() for layer in deaths], ratio, settings, deaths)
+    gone = torch.cat(deaths)[~torch.cat(masks)]
     networks = content["networks"]
-    chosen = next((n for n in networks if n["zeros"] >= count), networks[-1])
+    dead = (n for n in networks if ((gone > 0) & (gone <= n["zeros"])).all())
+    chosen = next(dead, networks[-1])
     return proven(index.parent / str(chosen["file"]), chosen["sha256"]), deaths
 
 

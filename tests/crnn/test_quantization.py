@@ -37,6 +37,8 @@ def test_a_network_in_8_bits_is_small_and_close(tmp_path: Path, normalise: bool)
     kinds = {node.op_type for node in onnx.load(whole).graph.node}
     assert "DynamicQuantizeLSTM" in kinds
     assert "LSTM" not in kinds
+    stored = [tensor for tensor in onnx.load(whole).graph.initializer if list(tensor.dims) == [11]]
+    assert [bias.data_type for bias in stored] == [onnx.TensorProto.FLOAT16]
     read, truth = load_exported(whole), load_exported(exact)
     assert read.provenance == {"ratio": 0.62}
     best, expected = (r.best_path(pixels(3, 80))[0] for r in (read, truth))

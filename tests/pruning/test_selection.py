@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from crnn.errors import SettingsError
@@ -25,7 +26,11 @@ floors = st.builds(
     min_channels=st.integers(1, 4),
     min_ratio=st.sampled_from([0.0, 0.12, 0.5]),
     round_to=st.sampled_from([1, 2, 8]),
-    selection=st.sampled_from(["exact", "reference"]),
+) | st.builds(
+    PruneSettings,
+    min_channels=st.integers(1, 4),
+    min_ratio=st.sampled_from([0.0, 0.12, 0.5]),
+    selection=st.just("reference"),
 )
 
 
@@ -95,6 +100,37 @@ def test_every_layer_keeps_its_largest_up_to_the_floor(
         if not mask.all():
             assert mask.sum() % settings.round_to == 0
             assert gamma.abs()[mask].min() >= gamma.abs()[~mask].max()
+
+
+@given(gamma_layers, ratios, st.sampled_from([2, 4, 8]))
+def test_rounded_widths_have_the_ratio_that_was_asked_for(
+    gammas: list[Tensor], ratio: float, round_to: int
+) -> None:
+    total = sum(len(g) for g in gammas)
+    wanted = total * Fraction(str(ratio)) // 1
+    try:
+        masks = keep_masks(gammas, ratio, PruneSettings(round_to=round_to))
+    except SettingsError:
+        assert wanted > total - sum(min(len(g), round_to) for g in gammas)
+        return
+    assert wanted - round_to < total - kept(masks) <= wanted
+
+
+def test_rounding_cuts_what_is_worth_least_a_channel_and_the_dead_before_all() -> None:
+    two_alive = [0.9] * 4 + [0.3, 0.2, 0.0, 0.0]
+    one_alive = [0.8] * 4 + [0.4, 0.0, 0.0, 0.0]
+    dead = [0.1] * 4 + [0.0] * 4
+    gammas = [torch.tensor(layer) for layer in (two_alive, one_alive, dead)]
+    widths = [
+        [int(mask.sum()) for mask in keep_masks(gammas, ratio, PruneSettings(round_to=4))]
+        for ratio in (0.17, 0.34, 0.5)
+    ]
+    assert widths == [[8, 8, 4], [8, 4, 4], [4, 4, 4]]
+
+
+def test_the_reference_rule_does_not_round() -> None:
+    with pytest.raises(ValidationError, match="round_to 8 needs selection exact"):
+        PruneSettings(selection="reference", round_to=8)
 
 
 def test_what_a_floor_saves_is_taken_elsewhere() -> None:
