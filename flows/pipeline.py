@@ -296,9 +296,9 @@ def _start_until_sparse(context: Context, samples: Manifest) -> dict[str, Any]:
 def _upstream(context: Context, stages: dict[str, Manifest]) -> Upstream:
     """What the points of one seed start from, its points found."""
     thin = stages.pop("sparse")
-    points = _points(context, thin)
-    _say_what_is_free(thin, points)
-    return Upstream(stages, thin, points)
+    verdict = json.loads(thin.file(READINESS).read_text(encoding="utf-8"))
+    display.say(f"{thin.label}: {verdict['sentence']}")
+    return Upstream(stages, thin, _points(context, thin))
 
 
 def _start_points(context: Context, upstream: Upstream) -> dict[str, dict[str, Any]]:
@@ -333,18 +333,6 @@ def _points(context: Context, thin: Manifest) -> list[tuple[str, float, dict[str
         name = definitions.point_of_target(kind, value)
         points.append((name, found.metrics["target/ratio"], {"target": found}))
     return points
-
-
-def _say_what_is_free(thin: Manifest, points: list[tuple[str, float, dict[str, Manifest]]]) -> None:
-    """The verdict of the sparse stage, and a warning for each point beyond it."""
-    verdict = json.loads(thin.file(READINESS).read_text(encoding="utf-8"))
-    display.say(f"{thin.label}: {verdict['sentence']}")
-    for name, ratio, _ in points:
-        if ratio > verdict["free_ratio"]:
-            display.say(
-                f"{name} is beyond {verdict['free_ratio']:g}: live channels go, and what they did"
-                " is lost as far as fine-tuning does not regain it"
-            )
 
 
 def _result(context: Context, future: PrefectFuture[Any]) -> Manifest:

@@ -66,6 +66,11 @@ class Context:
             self.computed.append(manifest.label)
             left = "" if self.elsewhere else f" ({self.forecast.sentence()})"
             display.say(f"{manifest.label}: done in {manifest.seconds:.0f} s{left}")
+        if live := manifest.metrics.get("prune/live_channels_removed"):
+            display.say(
+                f"{manifest.label}: {live:.0f} live channels go, and what they did is lost as far"
+                " as fine-tuning does not regain it"
+            )
 
     def show_sweep(self) -> None:
         """Show how far the sweep is, where it is to be seen: a worker has a part of it."""

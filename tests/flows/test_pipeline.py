@@ -81,9 +81,13 @@ def test_the_same_command_computes_nothing_even_with_a_prefect_server_of_its_own
 
 def test_a_new_ratio_computes_its_own_stages_only(finished: Finished, tmp_path: Path) -> None:
     project = copy_of(finished, tmp_path / "copy")
-    result = project.frontier("--ratios", "0.3,0.45,0.6")
-    new = ["finetune 0.45", "latency", "measure finetune 0.45", "prune 0.45"]
-    assert sorted(result["computed"]) == new
+    ratios = ["--ratios", "0.3,0.6,0.65"]
+    run = project.run("frontier", str(project.params), "--json", *ratios)
+    new = ["finetune 0.65", "latency", "measure finetune 0.65", "prune 0.65"]
+    assert sorted(json.loads(run.stdout)["computed"]) == new
+    # 0.6 is what the sparse stage was asked for, so that only a cut beyond it costs anything.
+    warned = [line for line in run.stderr.splitlines() if "live channels go" in line]
+    assert [line.split(":")[0] for line in warned] == ["prune 0.65"]
 
 
 def test_a_smaller_lstm_and_head_go_through_every_stage(finished: Finished, tmp_path: Path) -> None:
