@@ -39,7 +39,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
         UserError: The sparse stage has not been computed, or a ratio or rank cannot be.
     """
     sparse = find_sparse(experiment)
-    from flows.stages.cutting import plan
+    from flows.stages.sparse import plan
     from flows.stages.targets import ratio_for
     from pruning.cost import macs, parameters
     from pruning.gammas import absolute_gammas, widths

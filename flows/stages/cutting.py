@@ -1,42 +1,19 @@
 """The stages that cut a network and say what it costs."""
 
-from pathlib import Path
-
-from torch import Tensor
-
-from crnn.checkpoint import Checkpoint, load_checkpoint
+from crnn.checkpoint import load_checkpoint
 from crnn.devices import best_device
 from crnn.evaluation import evaluate
 from crnn.networks.deploy import deployed
 from flows.cache import MODEL, WIDTHS
 from flows.rows import ACCURACY
-from flows.stages.sparse import start_of_cut
+from flows.stages.sparse import plan
 from flows.stages.work import Outcome, Work
 from pruning.cost import macs, parameters
 from pruning.gammas import absolute_gammas, widths
 from pruning.readiness import live_removed
-from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import revive
-
-
-def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint, list[Tensor]]:
-    """The network of a sparse stage to cut at a ratio, and the keep mask of each layer.
-
-    Among the cuts of an auto sparse stage that of a higher ratio keeps a subset.
-
-    Args:
-        index: Result file of the sparse stage.
-        ratio: Prune ratio.
-        settings: Selection rule, floors, rounding.
-
-    Raises:
-        UserError: The ratio is beyond what the floors allow.
-    """
-    path, deaths = start_of_cut(index, ratio, settings)
-    uncut = load_checkpoint(path)
-    return uncut, keep_masks(absolute_gammas(uncut.model), ratio, settings, deaths)
 
 
 def prune(work: Work) -> Outcome:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crnn.checkpoint import load_checkpoint
+from crnn.checkpoint import Checkpoint, load_checkpoint
 from crnn.devices import best_device
 from crnn.distributed import rank
 from crnn.evaluation import evaluate
@@ -26,7 +26,7 @@ from flows.report import readiness_picture
 from flows.rows import ACCURACY
 from flows.stages.training import fresh_model, history, refuse_impossible_cuts, teacher_of, train
 from flows.stages.work import Outcome, Work, proven
-from pruning.gammas import widths
+from pruning.gammas import absolute_gammas, widths
 from pruning.readiness import Readiness, readiness
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings, SparseSettings
@@ -41,7 +41,7 @@ def sparse(work: Work) -> Outcome:
     """Train with a penalty on the BatchNorm scales, and say how far the result can be cut.
 
     Returns:
-        The index of the snapshots and the last epoch, which start_of_cut reads, and the figures.
+        The index of the snapshots and the last epoch, which plan reads, and the figures.
     """
     settings = SparseSettings.model_validate(work.settings["train"])
     given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
@@ -57,29 +57,33 @@ def sparse(work: Work) -> Outcome:
     return INDEX, {**metrics, **figures}
 
 
-def start_of_cut(index: Path, ratio: float, settings: PruneSettings) -> tuple[Path, list[Tensor]]:
-    """The network of a sparse stage to cut at a ratio: the first with all that goes dead.
+def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint, list[Tensor]]:
+    """The network to cut at a ratio, and the keep mask of each layer.
+
+    It is the first in which all that goes is dead; where more has to go than died, the last. Among
+    the cuts of an auto sparse stage that of a higher ratio keeps a subset.
 
     Args:
-        index: Result file of the stage.
+        index: Result file of the sparse stage.
         ratio: Prune ratio.
-        settings: Of the cut.
-
-    Returns:
-        Its checkpoint, and the order of death, (C_i,) each, as keep_masks takes it. Beyond what
-        is dead in the last one, that is the one.
+        settings: Selection rule, floors, rounding.
 
     Raises:
-        SettingsError: The ratio is beyond what the floors allow.
+        UserError: The ratio is beyond what the floors allow.
     """
     content = json.loads(index.read_text(encoding="utf-8"))
     deaths = [torch.tensor(layer) for layer in content["deaths"]]
-    masks = keep_masks([(layer == 0).float() for layer in deaths], ratio, settings, deaths)
+    masks = keep_masks([(order == 0).float() for order in deaths], ratio, settings, deaths)
     gone = torch.cat(deaths)[~torch.cat(masks)]
-    networks = content["networks"]
-    dead = (n for n in networks if ((gone > 0) & (gone <= n["zeros"])).all())
-    chosen = next(dead, networks[-1])
-    return proven(index.parent / str(chosen["file"]), chosen["sha256"]), deaths
+    for network in content["networks"]:
+        if ((gone > 0) & (gone <= network["zeros"])).all():
+            return _network(index, network), masks
+    last = _network(index, content["networks"][-1])
+    return last, keep_masks(absolute_gammas(last.model), ratio, settings, deaths)
+
+
+def _network(index: Path, entry: dict[str, str]) -> Checkpoint:
+    return load_checkpoint(proven(index.parent / entry["file"], entry["sha256"]))
 
 
 def _accuracy(work: Work, model: Recogniser | None) -> float | None:

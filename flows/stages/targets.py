@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crnn.checkpoint import Checkpoint, checkpoint_bytes
 from crnn.errors import SettingsError
-from flows.stages.cutting import plan
+from flows.stages.sparse import plan
 from flows.stages.work import Outcome, Work
 from pruning.cost import latency_ms, macs, parameters
 from pruning.gammas import absolute_gammas

@@ -12,9 +12,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crnn.errors import SettingsError
-from flows.stages.cutting import plan
+from flows.stages.sparse import plan
 from flows.stages.targets import COSTS, ratio_for
 from pruning.gammas import absolute_gammas
+from pruning.readiness import live_removed
 from pruning.settings import PruneSettings
 from pruning.slimming import slim
 from tests.flows.conftest import Project, copy_of
@@ -37,6 +38,7 @@ def index(finished: Finished) -> Path:
         (0.4, PruneSettings()),
         (0.2, PruneSettings()),
         (0.4, PruneSettings(lstm_ratio=0.5, head_rank=3)),
+        (0.4, PruneSettings(round_to=8)),
     ],
 )
 def test_a_target_is_met_by_the_lowest_ratio_that_can(
@@ -73,12 +75,21 @@ def test_up_to_the_target_a_cut_changes_nothing_and_starts_where_little_more_is_
     assert len(starts) == 4, "no point is a padded copy of another"
 
 
-@given(low=st.integers(0, 9000), high=st.integers(0, 9000))
+def test_rounded_widths_cut_the_dead_as_far_as_they_fill_blocks(index: Path) -> None:
+    uncut, masks = plan(index, 0.3, PruneSettings(round_to=4))
+    channels = sum(len(mask) for mask in masks)
+    removed = sum(int((~mask).sum()) for mask in masks)
+    assert int(channels * 0.3) - 4 < removed <= int(channels * 0.3)
+    assert live_removed(absolute_gammas(uncut.model), masks) == 0
+
+
+@given(low=st.integers(0, 7000), high=st.integers(0, 7000), round_to=st.sampled_from([1, 4, 8]))
 @hypothesis_settings(max_examples=30, deadline=None)
-def test_a_higher_ratio_keeps_a_subset(index: Path, low: int, high: int) -> None:
+def test_a_higher_ratio_keeps_a_subset(index: Path, low: int, high: int, round_to: int) -> None:
+    settings = PruneSettings(round_to=round_to)
     low, high = sorted((low, high))
-    more = plan(index, low / 10_000, PruneSettings())[1]
-    fewer = plan(index, high / 10_000, PruneSettings())[1]
+    more = plan(index, low / 10_000, settings)[1]
+    fewer = plan(index, high / 10_000, settings)[1]
     assert all((a | ~b).all() for a, b in zip(more, fewer, strict=True))
 
 
