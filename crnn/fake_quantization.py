@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from crnn.distributed import maximum
 from crnn.networks.recogniser import Recogniser
 
-LARGEST_WEIGHT, LARGEST_INPUT = 127, 255
+LARGEST_WEIGHT, LARGEST_INPUT = 64, 255
 SMALLEST_SCALE = 1e-8
 
 
 def round_weight(weight: Tensor) -> Tensor:
-    """A weight (C, ...) on the grid of int8, symmetric, with a scale for each of the C outputs."""
+    """A weight (C, ...) on a symmetric grid of 7 bits, with a scale for each of the C outputs."""
     largest = weight.detach().abs().flatten(1).amax(1)
     scale = (largest / LARGEST_WEIGHT).clamp(min=SMALLEST_SCALE)
     zero = torch.zeros_like(scale, dtype=torch.int32)

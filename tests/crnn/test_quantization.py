@@ -45,12 +45,26 @@ def test_a_network_in_8_bits_is_small_and_close(tmp_path: Path, normalise: bool)
     assert 0 < np.abs(best - expected).mean() < 0.05
 
 
-def test_rounding_is_that_of_8_bits() -> None:
+def test_a_network_in_8_bits_computes_the_same_on_a_cpu_whose_sums_have_16(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(random_recogniser(0.3).float().eval(), Charset("0123456789"), 160, "x")
+    exact, rounded = tmp_path / "exact.onnx", tmp_path / "rounded.onnx"
+    export_onnx(exact, checkpoint, ExportSettings(), {})
+    quantize(exact, rounded, [pixels(4, 64)], layers_of(exact))
+    weights = [
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(rounded).graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8
+    ]
+    assert len(weights) >= 13
+    assert max(np.abs(weight.astype(int)).max() for weight in weights) == 64
+
+
+def test_rounding_is_that_of_the_file() -> None:
     torch.manual_seed(0)
     weight, given = torch.randn(3, 40), torch.rand(2, 50) * 3
     rounded = round_weight(weight)
     for row, exact in zip(rounded, weight, strict=True):
-        scale = exact.abs().max() / 127
+        scale = exact.abs().max() / 64
         assert torch.allclose(row / scale, (row / scale).round(), atol=1e-3)
         assert (row - exact).abs().max() <= scale / 2 + 1e-6
     assert len(round_input(given, training=True).unique()) <= 256
