@@ -23,7 +23,8 @@ def keep_masks(
     code removes one more and all ties; every layer keeps its largest channels up to a floor, and
     under `exact` what a floor saves is taken elsewhere. Where widths are to be multiples of
     round_to, `exact` ranks and removes so many channels of a layer at once, and up to round_to - 1
-    fewer in all.
+    fewer in all; as long as no more has to go than is dead, it takes no live one along, and so
+    even fewer.
 
     Args:
         gammas: One (C_i,) tensor for each group of channels, in forward order.
@@ -68,6 +69,7 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
     """Widths of the layers once the blocks that matter least are gone."""
     widths = [len(m) for m in magnitudes]
     left = int(sum(widths) * Decimal(str(ratio)))
+    spare_live = settings.round_to > 1 and left <= sum(int((m <= 0).sum()) for m in magnitudes)
     blocks = sorted(_blocks(magnitudes, settings))
     free = sum(size for *_, size in blocks)
     if left > free:
@@ -76,10 +78,10 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
             f" (prune.min_channels, prune.min_ratio, prune.round_to) allow {free}; the largest"
             f" ratio is {_ratio(free, sum(widths))}"
         )
-    for _, layer, _, size in blocks:
-        left -= size
-        if left < 0:
+    for worth, layer, _, size in blocks:
+        if size > left or (spare_live and worth > 0):
             break
+        left -= size
         widths[layer] -= size
     return widths
 

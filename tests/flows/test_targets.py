@@ -75,12 +75,17 @@ def test_up_to_the_target_a_cut_changes_nothing_and_starts_where_little_more_is_
     assert len(starts) == 4, "no point is a padded copy of another"
 
 
-def test_rounded_widths_cut_the_dead_as_far_as_they_fill_blocks(index: Path) -> None:
-    uncut, masks = plan(index, 0.3, PruneSettings(round_to=4))
+def test_rounded_widths_have_the_ratio_below_the_target_and_lose_nothing_up_to_it(
+    index: Path,
+) -> None:
+    removed = {}
+    for ratio in (0.3, 0.6):
+        uncut, masks = plan(index, ratio, PruneSettings(round_to=4))
+        assert live_removed(absolute_gammas(uncut.model), masks) == 0
+        removed[ratio] = sum(int((~mask).sum()) for mask in masks)
     channels = sum(len(mask) for mask in masks)
-    removed = sum(int((~mask).sum()) for mask in masks)
-    assert int(channels * 0.3) - 4 < removed <= int(channels * 0.3)
-    assert live_removed(absolute_gammas(uncut.model), masks) == 0
+    assert int(channels * 0.3) - 4 < removed[0.3] <= int(channels * 0.3)
+    assert removed[0.3] < removed[0.6] <= int(channels * 0.6)
 
 
 @given(low=st.integers(0, 7000), high=st.integers(0, 7000), round_to=st.sampled_from([1, 4, 8]))
