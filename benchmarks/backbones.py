@@ -8,6 +8,7 @@ interrupted goes on where it was: the student, with and without its teacher, wit
 others with the first. At the end it compares them in one table and plot.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +38,9 @@ def main() -> None:
         own_seeds = seeds if backbone == STUDENT else seeds[:1]
         settings = [f"name={names[-1]}", f"model={model}"]
         rows[backbone] = frontier(params, own_seeds, settings, more)
-    teacher = project.home() / rows[TEACHER][0]["checkpoint"]
+    teacher = str(project.home() / rows[TEACHER][0]["checkpoint"])
     taught = [
-        f"teacher={{checkpoint: {teacher}, epochs: 0}}",
+        f"teacher={json.dumps({'checkpoint': teacher, 'epochs': 0})}",
         f"model={{backbone: {STUDENT}, hidden: {experiment.model.hidden}}}",
         "baseline.distill=1",
         "finetune.distill=1",

@@ -21,6 +21,9 @@ from flows.leases import lease
 from flows.locks import seats, single_flight
 from flows.tracking import Tracker
 
+SHORT_OF_RATIO = 0.02
+"""How far below its ratio a cut may stay unmentioned."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -66,16 +69,28 @@ class Context:
             self.computed.append(manifest.label)
             left = "" if self.elsewhere else f" ({self.forecast.sentence()})"
             display.say(f"{manifest.label}: done in {manifest.seconds:.0f} s{left}")
-        if live := manifest.metrics.get("prune/live_channels_removed"):
-            display.say(
-                f"{manifest.label}: {live:.0f} live channels go, and what they did is lost as far"
-                " as fine-tuning does not regain it"
-            )
+        _say_how_it_cut(manifest)
 
     def show_sweep(self) -> None:
         """Show how far the sweep is, where it is to be seen: a worker has a part of it."""
         if not self.elsewhere:
             display.show_sweep(*self.forecast.stages, self.forecast.sentence())
+
+
+def _say_how_it_cut(manifest: Manifest) -> None:
+    """Warn where a cut takes live channels, or fewer than its ratio says."""
+    figures = manifest.metrics
+    if live := figures.get("prune/live_channels_removed"):
+        display.say(
+            f"{manifest.label}: live channels go: {live:.0f}, and what they did is lost as far as"
+            " fine-tuning does not regain it"
+        )
+    achieved = figures.get("prune/ratio_achieved", 1)
+    if figures.get("prune/ratio_requested", 0) - achieved > SHORT_OF_RATIO:
+        display.say(
+            f"{manifest.label}: only {100 * achieved:.1f}% of the channels go: prune.round_to takes"
+            " no live ones along while enough are dead; a higher sparse.target_ratio leaves more"
+        )
 
 
 def _elsewhere(experiment: Experiment, seed: int, mlflow: str) -> Context:

@@ -23,8 +23,8 @@ def keep_masks(
     code removes one more and all ties; every layer keeps its largest channels up to a floor, and
     under `exact` what a floor saves is taken elsewhere. Where widths are to be multiples of
     round_to, `exact` ranks and removes so many channels of a layer at once, and up to round_to - 1
-    fewer in all; as long as no more has to go than is dead, it takes no live one along, and so
-    even fewer.
+    fewer in all; as long as no more has to go than is dead and may go, it takes no live one along,
+    and so even fewer.
 
     Args:
         gammas: One (C_i,) tensor for each group of channels, in forward order.
@@ -69,7 +69,7 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
     """Widths of the layers once the blocks that matter least are gone."""
     widths = [len(m) for m in magnitudes]
     left = int(sum(widths) * Decimal(str(ratio)))
-    spare_live = settings.round_to > 1 and left <= sum(int((m <= 0).sum()) for m in magnitudes)
+    spare_live = settings.round_to > 1 and left <= _dead(magnitudes, settings)
     blocks = sorted(_blocks(magnitudes, settings))
     free = sum(size for *_, size in blocks)
     if left > free:
@@ -84,6 +84,12 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
         left -= size
         widths[layer] -= size
     return widths
+
+
+def _dead(magnitudes: list[Tensor], settings: PruneSettings) -> int:
+    """How many dead channels the floors allow to remove."""
+    ranked = [m.sort(descending=True).values[_floor(len(m), settings) :] for m in magnitudes]
+    return sum(int((m <= 0).sum()) for m in ranked)
 
 
 def _blocks(

@@ -67,7 +67,8 @@ class PruneSettings(Settings):
     """Selection of channels and the cut.
 
     Every layer keeps at least min_channels and a share of min_ratio, and, under selection exact, a
-    multiple of round_to, as the vector units of a CPU like it.
+    multiple of round_to, as the vector units of a CPU like it, or all it has. Live channels do not
+    go for a multiple's sake while enough are dead: the cut is then smaller than its ratio.
 
     lstm_ratio is the share of the hidden units that every layer and direction of the LSTM loses;
     with a head_rank the head becomes two layers with so many numbers a frame between them.

@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint
     return last, keep_masks(absolute_gammas(last.model), ratio, settings, deaths)
 
 
-def _network(index: Path, entry: dict[str, str]) -> Checkpoint:
+def _network(index: Path, entry: dict[str, Any]) -> Checkpoint:
     return load_checkpoint(proven(index.parent / entry["file"], entry["sha256"]))
 
 

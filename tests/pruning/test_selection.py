@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from crnn.errors import SettingsError
-from pruning.selection import keep_masks
+from pruning.selection import keep_masks, largest_ratio
 from pruning.settings import PruneSettings
 
 LAYERS = (64, 64, 128, 128, 256, 256, 512, 512, 512, 512)
@@ -114,12 +114,21 @@ def test_rounded_widths_have_the_ratio_that_was_asked_for_unless_that_costs_live
         assert wanted > total - sum(min(len(g), round_to) for g in gammas)
         return
     assert total - kept(masks) <= wanted
-    dead = sum(int((g == 0).sum()) for g in gammas)
+    beyond_floor = [g.abs().sort(descending=True).values[round_to:] for g in gammas]
+    dead = sum(int((g == 0).sum()) for g in beyond_floor)
     live_removed = sum(int((g[~mask] != 0).sum()) for g, mask in zip(gammas, masks, strict=True))
     if wanted > dead:
         assert wanted - round_to < total - kept(masks)
     else:
         assert live_removed == 0
+
+
+def test_a_floor_under_dead_channels_does_not_stop_a_rounded_cut() -> None:
+    gammas = [torch.tensor([0.9] * 2 + [0.0] * 14), torch.tensor([0.8] * 10 + [0.0] * 6)]
+    settings = PruneSettings(round_to=8)
+    ratio = largest_ratio(gammas, settings)
+    assert ratio == 0.5
+    assert [int(mask.sum()) for mask in keep_masks(gammas, ratio, settings)] == [8, 8]
 
 
 def test_rounding_cuts_what_is_worth_least_a_channel_and_the_dead_before_all() -> None:
