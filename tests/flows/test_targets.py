@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -88,11 +88,12 @@ def test_rounded_widths_have_the_ratio_below_the_target_and_lose_nothing_up_to_i
     assert removed[0.3] < removed[0.6] <= int(channels * 0.6)
 
 
-@given(low=st.integers(0, 7000), high=st.integers(0, 7000), round_to=st.sampled_from([1, 4, 8]))
+@given(low=st.integers(0, 9000), high=st.integers(0, 9000), round_to=st.sampled_from([1, 4, 8]))
 @hypothesis_settings(max_examples=30, deadline=None)
 def test_a_higher_ratio_keeps_a_subset(index: Path, low: int, high: int, round_to: int) -> None:
     settings = PruneSettings(round_to=round_to)
     low, high = sorted((low, high))
+    assume(round_to == 1 or high <= 7000)  # Every layer keeps one block: these forbid more.
     more = plan(index, low / 10_000, settings)[1]
     fewer = plan(index, high / 10_000, settings)[1]
     assert all((a | ~b).all() for a, b in zip(more, fewer, strict=True))
