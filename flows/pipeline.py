@@ -1,38 +1,36 @@
-"""The Prefect flow: stages chained, cached, computed once, and swept over prune ratios."""
+"""The Prefect flow: stages chained, and swept over prune ratios."""
 
 import hashlib
 import json
 import os
 import threading
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.futures import PrefectFuture
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import SettingsError, StoppedError, UserError
-from crnn.settings import ExportSettings, QuantizeSettings, TeacherSettings
-from flows import cache, children, definitions, display, project, report, servers, store
-from flows.cache import READINESS, Manifest, Stage
+from crnn.settings import ExportSettings, QuantizeSettings
+from flows import cache, children, definitions, display, project, report, servers, store, tasks
+from flows.cache import READINESS, Manifest
 from flows.champion import crown
 from flows.experiment import LOCAL, ExecutionSettings, Experiment
-from flows.flow_runs import artifact_key, attended, watched
+from flows.flow_runs import artifact_key, attended
 from flows.forecast import forecast_of
 from flows.notice import notify
 from flows.page import details_of
 from flows.registry import Champion
 from flows.rows import INT8, QAT, Row, Variant, base_point, mean_of_seeds, row_of
 from flows.runners import runner
-from flows.running import Context, bring, find_or_compute, parallel_finetunes
+from flows.running import Context, bring, parallel_finetunes
 from flows.server import is_own
 from flows.tracking import Tracker
 from flows.views import FRONTIER, page_of_view
@@ -42,9 +40,6 @@ UI = "http://127.0.0.1:5000"
 
 INTERRUPTED, TERMINATED = "Interrupted", "Terminated"
 """Names of the Cancelled state after Ctrl-C and after SIGTERM."""
-
-CACHED = "Cached"
-"""Name of the state of a task that computed nothing."""
 
 Networks = tuple[Context, list[Variant]]
 """Those of one seed."""
@@ -72,100 +67,6 @@ class Frontier:
     charts: str | None
     report: Path
     champion: str
-
-
-@task(cache_policy=NO_CACHE, task_run_name="data")
-def data(context: Context) -> Any:
-    """Check and index the samples."""
-    return run_stage(context, definitions.data_stage(context.experiment))
-
-
-@task(cache_policy=NO_CACHE, task_run_name="teacher{context.of_seed}")
-def teacher(context: Context, settings: TeacherSettings, samples: Manifest) -> Any:
-    """Train the network that teaches."""
-    stage = definitions.teacher_stage(context.experiment, settings, samples, context.seed)
-    return run_stage(context, stage)
-
-
-@task(cache_policy=NO_CACHE, task_run_name="baseline{context.of_seed}")
-def baseline(context: Context, upstream: dict[str, Any]) -> Any:
-    """Train the uncut network."""
-    return run_stage(
-        context, definitions.baseline_stage(context.experiment, upstream, context.seed)
-    )
-
-
-@task(cache_policy=NO_CACHE, task_run_name="sparse{context.of_seed}")
-def sparse(context: Context, upstream: dict[str, Any]) -> Any:
-    """Train with the sparsity penalty."""
-    return run_stage(context, definitions.sparse_stage(context.experiment, upstream, context.seed))
-
-
-@task(cache_policy=NO_CACHE, task_run_name="target {kind} {value}{context.of_seed}")
-def target(context: Context, thin: Manifest, kind: str, value: float) -> Any:
-    """Find the ratio that meets a target."""
-    stage = definitions.target_stage(context.experiment, thin, kind, value, context.seed)
-    return run_stage(context, stage)
-
-
-@task(cache_policy=NO_CACHE, task_run_name="prune {ratio}{context.of_seed}")
-def prune(context: Context, samples: Manifest, thin: Manifest, ratio: float) -> Any:
-    """Cut the channels of one ratio."""
-    stage = definitions.prune_stage(context.experiment, samples, thin, ratio, context.seed)
-    return run_stage(context, stage)
-
-
-@task(cache_policy=NO_CACHE, task_run_name="finetune {ratio}{context.of_seed}")
-def finetune(context: Context, ratio: float, upstream: dict[str, Any]) -> Any:
-    """Train the cut network on."""
-    stage = definitions.finetune_stage(context.experiment, upstream, ratio, context.seed)
-    return run_stage(context, stage)
-
-
-@task(cache_policy=NO_CACHE, task_run_name="{kind} {ratio}{context.of_seed}")
-def control(context: Context, kind: str, ratio: float, upstream: dict[str, Any]) -> Any:
-    """Train a network that was not slimmed as long as one that was."""
-    stage = definitions.control_stage(context.experiment, kind, upstream, context.seed)
-    return run_stage(context, stage)
-
-
-@task(cache_policy=NO_CACHE, task_run_name="export {variant.model.label}")
-def export(context: Context, settings: ExportSettings, variant: Variant) -> Any:
-    """Write a network for other runtimes."""
-    stage = definitions.export_stage(settings, variant.stages)
-    return run_stage(context, stage)
-
-
-@task(cache_policy=NO_CACHE, task_run_name="int8 {variant.model.label}")
-def int8(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
-    """Quantize an export."""
-    stage = definitions.int8_stage(settings, variant, context.seed)
-    return run_stage(context, stage)
-
-
-@task(cache_policy=NO_CACHE, task_run_name="qat {variant.model.label}")
-def qat(context: Context, settings: QuantizeSettings, variant: Variant) -> Any:
-    """Train a network on for 8 bits."""
-    stage = definitions.qat_stage(settings, variant, context.seed)
-    return run_stage(context, stage)
-
-
-@task(cache_policy=NO_CACHE, task_run_name="judge {exported.label}")
-def judge(context: Context, data: Manifest, exported: Manifest) -> Any:
-    """Read the val lines with an earlier export."""
-    return run_stage(context, definitions.judge_stage(data, exported))
-
-
-@task(cache_policy=NO_CACHE, task_run_name="measure {variant.label}")
-def measure(context: Context, variant: Variant) -> Any:
-    """Parameters, multiply-adds, bytes."""
-    return run_stage(context, definitions.measure_stage(variant))
-
-
-@task(cache_policy=NO_CACHE, task_run_name="latency{context.of_seed}")
-def latency(context: Context, variants: list[Variant]) -> Any:
-    """Time all networks side by side."""
-    return run_stage(context, definitions.latency_stage(context.experiment, variants, context.seed))
 
 
 @flow(
@@ -244,7 +145,7 @@ def _persistently(context: Context) -> Frontier:
 
 def _sweep(context: Context) -> Frontier:
     context.forecast.restart()
-    samples = _result(context, data.submit(context))
+    samples = _result(context, tasks.data.submit(context))
     seeds = [replace(context, seed=seed) for seed in context.experiment.training_seeds]
     begun = [(seed, _start_until_sparse(seed, samples)) for seed in seeds]
     started = [
@@ -288,9 +189,9 @@ def _start_until_sparse(context: Context, samples: Manifest) -> dict[str, Any]:
     """Begin what the cuts of one seed start from: its stages, as manifests or futures of them."""
     stages: dict[str, Any] = {"data": samples}
     if settings := context.experiment.teacher:
-        stages["teacher"] = teacher.submit(context, settings, samples)
-    stages["baseline"] = baseline.submit(context, {**stages})
-    return {**stages, "sparse": sparse.submit(context, {**stages})}
+        stages["teacher"] = tasks.teacher.submit(context, settings, samples)
+    stages["baseline"] = tasks.baseline.submit(context, {**stages})
+    return {**stages, "sparse": tasks.sparse.submit(context, {**stages})}
 
 
 def _upstream(context: Context, stages: dict[str, Manifest]) -> Upstream:
@@ -311,13 +212,13 @@ def _start_points(context: Context, upstream: Upstream) -> dict[str, dict[str, A
     samples, thin = upstream.stages["data"], upstream.sparse
     points: dict[str, dict[str, Any]] = {"baseline": upstream.stages}
     for name, ratio, wish in upstream.points:
-        cutting: Any = prune.submit(context, samples, thin, ratio)
+        cutting: Any = tasks.prune.submit(context, samples, thin, ratio)
         made_of = {**upstream.stages, "prune": cutting}
-        tuning = finetune.submit(context, ratio, made_of)
+        tuning = tasks.finetune.submit(context, ratio, made_of)
         stages = {"data": samples, "sparse": thin, **wish, "prune": cutting, "finetune": tuning}
         points[name] = stages
         for kind in [] if wish else context.experiment.controls.kinds(ratio):
-            training = control.submit(context, kind, ratio, made_of)
+            training = tasks.control.submit(context, kind, ratio, made_of)
             points[f"{kind} {name}"] = {**made_of, kind: training}
     return points
 
@@ -329,7 +230,7 @@ def _points(context: Context, thin: Manifest) -> list[tuple[str, float, dict[str
         (f"{ratio:g}", ratio, {}) for ratio in experiment.ratios
     ]
     for kind, value in experiment.prune.targets.wishes().items():
-        found = _result(context, target.submit(context, thin, kind, value))
+        found = _result(context, tasks.target.submit(context, thin, kind, value))
         name = definitions.point_of_target(kind, value)
         points.append((name, found.metrics["target/ratio"], {"target": found}))
     return points
@@ -342,7 +243,7 @@ def _result(context: Context, future: PrefectFuture[Any]) -> Manifest:
         context.collected.add(future.task_run_id)
         bring(manifest, display.say)
         context.tracker.finish(manifest)
-        context.note(manifest, cached=future.state.name == CACHED)
+        context.note(manifest, cached=future.state.name == tasks.CACHED)
     return manifest
 
 
@@ -384,7 +285,7 @@ def _fell_short(settings: QuantizeSettings, rounded: list[Networks]) -> set[str]
 
 
 def _exported(settings: ExportSettings, context: Context, networks: list[Variant]) -> Networks:
-    begun = [export.submit(context, settings, network) for network in networks]
+    begun = [tasks.export.submit(context, settings, network) for network in networks]
     results = zip(networks, begun, strict=True)
     return context, [
         replace(network, exported=_result(context, future)) for network, future in results
@@ -392,7 +293,7 @@ def _exported(settings: ExportSettings, context: Context, networks: list[Variant
 
 
 def _rounded(settings: QuantizeSettings, context: Context, networks: list[Variant]) -> Networks:
-    begun = [int8.submit(context, settings, network) for network in networks]
+    begun = [tasks.int8.submit(context, settings, network) for network in networks]
     return context, [
         replace(network, point=f"{network.point}{INT8}", exported=_result(context, future))
         for network, future in zip(networks, begun, strict=True)
@@ -402,7 +303,7 @@ def _rounded(settings: QuantizeSettings, context: Context, networks: list[Varian
 def _trained_for_8_bits(
     settings: QuantizeSettings, context: Context, networks: list[Variant]
 ) -> Networks:
-    begun = [qat.submit(context, settings, network) for network in networks]
+    begun = [tasks.qat.submit(context, settings, network) for network in networks]
     return context, [
         Variant(f"{network.point}{QAT}", {**network.stages, "qat": _result(context, future)})
         for network, future in zip(networks, begun, strict=True)
@@ -411,8 +312,8 @@ def _trained_for_8_bits(
 
 def _measured(context: Context, networks: list[Variant]) -> list[Row]:
     """The rows of one seed."""
-    costs = [_result(context, measure.submit(context, network)) for network in networks]
-    times = _result(context, latency.submit(context, networks))
+    costs = [_result(context, tasks.measure.submit(context, network)) for network in networks]
+    times = _result(context, tasks.latency.submit(context, networks))
     return [row_of(network, cost, times) for network, cost in zip(networks, costs, strict=True)]
 
 
@@ -461,7 +362,7 @@ def _on_these_lines(context: Context, samples: Manifest, reigning: Champion) -> 
         return None
     return {
         **reigning.figures,
-        **_result(context, judge.submit(context, samples, exported)).metrics,
+        **_result(context, tasks.judge.submit(context, samples, exported)).metrics,
     }
 
 
@@ -483,29 +384,3 @@ def _mlflow() -> str:
     """Address of MLflow's pages: where they are, or where they will be once they are served."""
     server, there = os.environ["MLFLOW_TRACKING_URI"], servers.running()
     return server if server.startswith("http") else there.mlflow if there else UI
-
-
-def run_stage(context: Context, stage: Stage) -> Any:
-    """Find a stage's result, or compute it in a process of its own.
-
-    Args:
-        context: Of the flow run.
-        stage: What to compute.
-
-    Returns:
-        A completed state that holds the manifest; its name is CACHED where nothing was computed.
-    """
-    logger = get_run_logger()
-
-    def log(message: str) -> None:
-        logger.warning(message)
-        display.say(message)
-
-    try:
-        with watched(context.stop) if context.elsewhere else nullcontext():
-            manifest, cached = find_or_compute(context, stage, log)
-    except StoppedError as stopped:
-        return Cancelled(message=str(stopped))
-    if cached:
-        return Completed(name=CACHED, message=f"verified {stage.key}", data=manifest)
-    return Completed(message=stage.key, data=manifest)

@@ -88,8 +88,12 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
 
 def _dead(magnitudes: list[Tensor], settings: PruneSettings) -> int:
     """How many dead channels the floors allow to remove."""
-    ranked = [m.sort(descending=True).values[_floor(len(m), settings) :] for m in magnitudes]
-    return sum(int((m <= 0).sum()) for m in ranked)
+    return sum(int((m <= 0).sum()) for m in _removable(magnitudes, settings))
+
+
+def _removable(magnitudes: list[Tensor], settings: PruneSettings) -> list[Tensor]:
+    """Magnitudes of each layer that are not among those its floor keeps, the largest first."""
+    return [m.sort(descending=True).values[_floor(len(m), settings) :] for m in magnitudes]
 
 
 def _blocks(
@@ -100,9 +104,8 @@ def _blocks(
     Worth is the mean magnitude per channel. A block of dead channels alone is worth less than any
     other, and the less the earlier its last one died.
     """
-    for layer, m in enumerate(magnitudes):
-        ranked = m.sort(descending=True).values
-        for place in range(_floor(len(m), settings), len(m), settings.round_to):
+    for layer, ranked in enumerate(_removable(magnitudes, settings)):
+        for place in range(0, len(ranked), settings.round_to):
             block = ranked[place : place + settings.round_to]
             worth = float(block.clamp(min=0).mean()) or float(block[0])
             yield worth, layer, -place, len(block)

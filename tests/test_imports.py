@@ -21,6 +21,7 @@ ONLY_IN = {
         "runners.py",
         "schedule.py",
         "server.py",
+        "tasks.py",
     },
 }
 
