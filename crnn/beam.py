@@ -139,7 +139,7 @@ class BeamSearch:
             logs = np.log(probabilities.astype(np.float64))
         for frame in logs:
             beam = self._step(beam, frame)
-        ended = [text for text in beam if not self.lexicon or self.lexicon.allows(text, END)]
+        ended = [text for text in beam if self._allows(text, END)]
         if not ended:
             return Spelled((), 0.0, [])
         best = max(ended, key=lambda text: self._score(text, beam[text], ended=True))
@@ -178,13 +178,16 @@ class BeamSearch:
             before = prefix.blank  # A letter twice takes a blank between.
         else:
             before = prefix.both
-        if before == NEVER or (self.lexicon and not self.lexicon.allows(text, symbol)):
+        if before == NEVER or not self._allows(text, symbol):
             return
         spoken = prefix.spoken
         if self.language:
             spoken += self.language.log_probability(text, symbol)
         longer = _arrive(grown[*text, symbol], [*prefix.characters, math.exp(log)], spoken)
         longer.other = _add(longer.other, before + log)
+
+    def _allows(self, text: tuple[int, ...], symbol: int) -> bool:
+        return self.lexicon is None or self.lexicon.allows(text, symbol)
 
     def _score(self, text: tuple[int, ...], prefix: _Prefix, ended: bool = False) -> float:
         if not self.language:

@@ -50,7 +50,7 @@ def convert(path: Path, charset: Charset, max_width: int) -> Checkpoint:
         if name is None or name in tensors:
             homeless.append(key)
         else:
-            tensors[name] = tensor
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     if homeless:
         raise CheckpointError(
             f"{path}: these keys have no place in a VGG13 CRNN: {', '.join(homeless)}; rename them"

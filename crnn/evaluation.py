@@ -44,7 +44,7 @@ def read(model: Recogniser, batches: Iterable[Batch], charset: Charset) -> list[
     readings = []
     for batch in batches:
         images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
-        best, classes = model(images).log_softmax(2).max(2)  # (T, N) both
+        best, classes = (found.cpu() for found in model(images).log_softmax(2).max(2))  # (T, N)
         lengths = frame_lengths(batch.widths, model.stride).tolist()
         for n, (length, label) in enumerate(zip(lengths, batch.labels, strict=True)):
             text = charset.decode(classes[:length, n].tolist())

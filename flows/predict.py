@@ -9,7 +9,7 @@ from PIL import Image
 
 from crnn.beam import BeamSearch, Lexicon, NGram
 from crnn.charset import Charset
-from crnn.data.images import decode
+from crnn.data.images import decode, fit_line
 from crnn.errors import DataError
 from crnn.reading import Reader, load_exported, read_images
 from flows import project
@@ -18,7 +18,7 @@ from flows.cache import MODEL, ONNX
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 AT_ONCE = 1024
-"""Images that are in memory at a time."""
+"""Images that are in memory at a time, scaled to lines."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ def predict(
     files = [file for place in images for file in _files(place)]
     readings, failures = [], []
     for start in range(0, len(files), AT_ONCE):
-        opened: dict[Path, Image.Image] = {}
+        opened: list[tuple[Path, Image.Image]] = []
         for file in files[start : start + AT_ONCE]:
             try:
-                opened[file] = _open(file)
+                opened.append((file, fit_line(_open(file), reader.max_width)))
             except DataError as error:
                 failures.append({"image": str(file), "reason": str(error)})
-        found = read_images(reader, list(opened.values()), beam)
-        for file, read in zip(opened, found, strict=True):
+        found = read_images(reader, [image for _, image in opened], beam)
+        for (file, _), read in zip(opened, found, strict=True):
             readings.append(
                 {
                     "image": str(file),

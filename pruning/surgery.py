@@ -13,6 +13,9 @@ from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
 from pruning.coupling import LSTM, LSTM_INPUTS, Group, groups_of
 from pruning.gammas import norms_of
 
+NOISE = 0.1
+"""Standard deviation of what is added to biases before a cut is proven."""
+
 LSTM_BIASES = ("rnn.bias_ih_l0", "rnn.bias_ih_l0_reverse")
 
 TOLERANCE = 1e-6
@@ -99,8 +102,8 @@ def _uncuttable(model: Recogniser, reason: str) -> SettingsError:
 
 def _difference_without_half(model: Recogniser) -> float:
     """Largest change of a logit, in float64, when half of the channels, all faded, are cut."""
-    masked = copy.deepcopy(model).cpu().double().eval()
     chance = torch.Generator().manual_seed(0)
+    masked = _disturbed(copy.deepcopy(model).cpu().double(), chance)
     masks = []
     norms = norms_of(masked)
     for group in groups_of(model):
@@ -113,6 +116,26 @@ def _difference_without_half(model: Recogniser) -> float:
     image = torch.rand(1, 3, HEIGHT, 32, generator=chance).double()
     with torch.inference_mode():
         return float((masked(image) - cut(masked, masks)(image)).abs().max())
+
+
+def _disturbed(model: Recogniser, chance: torch.Generator) -> Recogniser:
+    """Make a network one whose every part counts, as in a trained one.
+
+    In a fresh one constants are zero, and signals so faint that what is cut wrongly goes unseen.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for parameter in model.parameters():
+        if parameter.ndim <= 1:
+            parameter.data += NOISE * torch.randn(parameter.shape, generator=chance).double()
+    model.eval()
+    for norm in norms:
+        nn.init.ones_(norm.weight)
+        norm.momentum = None  # Its statistics become those of the next batch.
+        norm.reset_running_stats()
+        norm.train()
+    with torch.no_grad():
+        model(torch.rand(4, 3, HEIGHT, 64, generator=chance).double() * 2 - 1)
+    return model.eval()
 
 
 def _fold(

@@ -24,7 +24,8 @@ MAX_PIXELS = 64_000_000
 def decode(data: bytes) -> Image.Image:
     """Decode an image file of any common format and mode to RGB, first frame, upright.
 
-    Transparency is laid on white; 16-bit grey is scaled to 8 bits.
+    Transparency is laid on white. Grey of more than 8 bits is scaled to them; of numbers in float,
+    or of 32 bits, the largest tells whether white is 1, 255 or 65,535.
 
     Raises:
         DataError: The bytes are no image, a damaged one, an empty one or a huge one.
@@ -46,12 +47,22 @@ def decode(data: bytes) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float64) / (256 if image.mode.startswith("I") else 1)
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Grey levels (H, W), uint8, of an image of 16 or 32 bits or of floats."""
+    grey = np.asarray(image, dtype=np.float64)
+    if image.mode == "F" and grey.max() <= 1:
+        grey = grey * 255
+    elif image.mode.startswith("I;") or grey.max() > 255:
+        grey = grey / 256
+    levels: np.ndarray = grey.clip(0, 255).astype(np.uint8)
+    return levels
 
 
 def fitted_width(image: Image.Image, max_width: int) -> int:

@@ -82,13 +82,13 @@ def _boxes(folder: Path, name: str) -> Iterator[tuple[Box, str]]:
     for line in found[0].read_text(encoding="utf-8-sig", errors="replace").splitlines():
         if not line.strip():
             continue
-        *corners, text = line.split(",", 8)
         try:
-            numbers = [int(corner) for corner in corners]
-            xs, ys = numbers[0::2], numbers[1::2]
-            yield (min(xs), min(ys), max(xs), max(ys)), " ".join(text.split())
+            *corners, text = line.split(",", 8)
+            x1, y1, x2, y2, x3, y3, x4, y4 = (int(corner) for corner in corners)
         except ValueError as error:
             raise DataError(f"{found[0]}: not eight numbers and a text: {line!r}") from error
+        xs, ys = (x1, x2, x3, x4), (y1, y2, y3, y4)
+        yield (min(xs), min(ys), max(xs), max(ys)), " ".join(text.split())
 
 
 def _crop(page: Image.Image, box: Box) -> Image.Image:

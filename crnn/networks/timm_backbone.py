@@ -19,6 +19,9 @@ PROBE_WIDTH = 64
 ATTENTION = ("Bmm", "ScaledDotProduct")
 """In the names of an autograd graph, what lets every position look at every other."""
 
+UNFIT = (AssertionError, AttributeError, RuntimeError, TypeError, ValueError)
+"""What timm raises where a network cannot be built or run as it is needed here."""
+
 
 class TimmBackbone(nn.Module):
     """Images (N, 3, 32, W) to the features (N, C, 1, W // STRIDE) of a timm network.
@@ -56,7 +59,10 @@ def timm_backbone(name: str) -> tuple[TimmBackbone, int]:
         raise SettingsError(
             f"model.backbone is vgg13 or a network of timm; {name} is none, did you mean {near[0]}?"
         )
-    net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
+    try:
+        net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
+    except UNFIT as error:
+        raise _cannot_serve(name, f"timm cannot build it without its head: {error}") from error
     if not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         raise _cannot_serve(name, "it has no BatchNorm, whose scales say what to cut")
     for module in net.modules():
@@ -81,7 +87,7 @@ def _fitted(name: str, backbone: TimmBackbone) -> Tensor:
     image = torch.zeros(1, 3, HEIGHT, PROBE_WIDTH, device=weight.device)
     try:
         features: Tensor = backbone(image)
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except UNFIT as error:
         raise _cannot_serve(name, f"it does not run on lines {HEIGHT} px high: {error}") from error
     finally:
         for hook in hooks:

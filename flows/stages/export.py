@@ -88,7 +88,8 @@ def _read_with_both(
     """What the export reads; and how far, over all frames and lines, the network is from it.
 
     Returns:
-        The readings, the largest difference of a probability, the number of differing texts.
+        The readings, the largest difference of a probability, and the number of texts that differ
+        by more than the choice between equally probable classes.
     """
     found: list[Reading] = []
     difference, differing = 0.0, 0
@@ -100,9 +101,21 @@ def _read_with_both(
         widths = batch.widths.tolist()
         decoded = decode(exported, best, classes, widths)
         truths = decode(network, expected, expected_classes, widths)
-        differing += sum(d.text != truth.text for d, truth in zip(decoded, truths, strict=True))
+        for row, (read, truth) in enumerate(zip(decoded, truths, strict=True)):
+            if read.text != truth.text:
+                own, other = classes[row], expected_classes[row]
+                differing += not _are_tied(network, pixels[row : row + 1], own, other)
         found += _readings(batch, decoded)
     return found, difference, differing
+
+
+def _are_tied(network: Reader, pixels: np.ndarray, one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two best paths of a line (1, 32, W, 3) are equally probable, up to TOLERANCE."""
+    assert network.probabilities
+    line = network.probabilities(pixels)[0]
+    frames = np.flatnonzero(one != other)
+    gaps = line[frames, one[frames]] - line[frames, other[frames]]
+    return bool(np.abs(gaps).max() <= TOLERANCE)
 
 
 def read_exported(exported: Reader, batches: Iterable[Batch]) -> list[Reading]:

@@ -103,20 +103,32 @@ def _write_readiness(work: Work, verdict: Readiness) -> None:
 def _snapshots(work: Work) -> Callable[[Run], None]:
     """A function that saves the network where its zeros have reached the next step.
 
-    A resumed stage finds the snapshots of the epoch it repeats, which would be the same bits.
+    Those of the epoch that a resumed stage repeats are taken anew: on a GPU, or on another number
+    of processes, other channels may die in it.
     """
     (work.out / SNAPSHOTS).mkdir(exist_ok=True)
-    taken = max((_zeros(path) for path in _snapshot_files(work)), default=-1)
+    taken: int | None = None
 
     def save_where_due(run: Run) -> None:
         nonlocal taken
+        if taken is None:
+            taken = _taken_before(work, run.epoch)
         zeros, channels = int((run.memory["deaths"] > 0).sum()), len(run.memory["deaths"])
         step = SNAPSHOT_STEP * channels
         if taken < 0 or zeros // step > taken // step:
-            work.save_model(work.out / SNAPSHOTS / f"zeros-{zeros:06d}.safetensors", run.model)
+            name = f"zeros-{zeros:06d}-epoch-{run.epoch:04d}.safetensors"
+            work.save_model(work.out / SNAPSHOTS / name, run.model)
             taken = zeros
 
     return save_where_due
+
+
+def _taken_before(work: Work, epoch: int) -> int:
+    """Most zeros of a snapshot from before an epoch, -1 without one; later ones are removed."""
+    for path in _snapshot_files(work):
+        if int(path.stem.rpartition("-")[2]) >= epoch:
+            path.unlink()
+    return max((_zeros(path) for path in _snapshot_files(work)), default=-1)
 
 
 def _snapshot_files(work: Work) -> list[Path]:
@@ -125,7 +137,7 @@ def _snapshot_files(work: Work) -> list[Path]:
 
 def _zeros(snapshot: Path) -> int:
     """Number of dead channels of a snapshot."""
-    return int(snapshot.stem.removeprefix("zeros-"))
+    return int(snapshot.stem.split("-")[1])
 
 
 def _write_index(work: Work, run: Run) -> None:

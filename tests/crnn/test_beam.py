@@ -67,6 +67,7 @@ def test_a_lexicon_allows_nothing_else() -> None:
     nothing = BeamSearch(lexicon=Lexicon(["aaaaaaaaa"], ABC)).read(probabilities)
     assert nothing.classes == ()
     assert nothing.confidence == 0
+    assert BeamSearch(lexicon=Lexicon([], ABC)).read(probabilities).classes == ()
 
 
 def test_an_ngram_is_a_distribution_and_prefers_what_it_saw() -> None:

@@ -67,6 +67,15 @@ def test_a_network_from_elsewhere_reads_as_it_did(
     assert (converted.max_width, converted.charset) == (320, CHARSET)
 
 
+def test_a_network_in_half_precision_reads_in_full(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    elsewhere.half()
+    torch.save(elsewhere.state_dict(), tmp_path / "half.pth")
+    images = torch.randn(2, 3, 32, 64)
+    with torch.inference_mode():
+        found = convert(tmp_path / "half.pth", CHARSET, 320).model(images)
+        assert torch.allclose(found, elsewhere.float()(images), atol=1e-6)
+
+
 def test_what_does_not_fit_is_listed(elsewhere: Elsewhere, tmp_path: Path) -> None:
     tensors = elsewhere.state_dict()
     path = tmp_path / "other.pth"

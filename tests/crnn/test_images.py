@@ -32,10 +32,25 @@ def grey_ramp(width: int = 40, height: int = 20) -> Image.Image:
         encoded(grey_ramp().convert("LA")),
         encoded(grey_ramp().convert("RGBA")),
         encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.uint16) * 257)),
+        encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.int32)), "TIFF"),
+        encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.float32) / 255), "TIFF"),
+        encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.float32)), "TIFF"),
         encoded(grey_ramp().convert("CMYK"), "TIFF"),
         encoded(grey_ramp(), "GIF", save_all=True, append_images=[Image.new("L", (40, 20))]),
     ],
-    ids=["grey", "bmp", "palette", "grey+alpha", "rgba", "16-bit", "cmyk", "animated"],
+    ids=[
+        "grey",
+        "bmp",
+        "palette",
+        "grey+alpha",
+        "rgba",
+        "16-bit",
+        "32-bit",
+        "share",
+        "float",
+        "cmyk",
+        "animated",
+    ],
 )
 def test_every_mode_becomes_the_same_rgb_picture(data: bytes) -> None:
     image = decode(data)

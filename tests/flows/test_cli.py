@@ -237,6 +237,9 @@ def test_convert_sroie_cuts_lines_that_check_data_accepts(tmp_path: Path) -> Non
     with Image.open(target / "images" / "000" / "000.jpg") as crop:
         assert crop.size == (160, 32)
     assert project.run("check-data", str(project.params)).returncode == 0
+    (receipts / "box" / "011.csv").write_text("1,2,30,2,30,20,1,20\n")
+    short = project.run("convert-sroie", str(receipts), str(target), code=2)
+    assert "not eight numbers and a text" in only_line(short)
     missing = project.run("convert-sroie", str(tmp_path), str(target), code=2)
     assert "must hold img/ and box/" in only_line(missing)
 

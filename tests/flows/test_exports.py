@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from crnn.charset import Charset
 from crnn.data.render import render_line
-from crnn.reading import load_exported
+from crnn.reading import Reader, load_exported
+from flows.stages.export import _are_tied
 from tests.conftest import DIGITS
 from tests.flows.conftest import Project, copy_of, points_of
 
@@ -43,11 +46,22 @@ def test_every_point_is_exported_measured_and_reads_the_same(
     render_line(7, 3, DIGITS)[0].save(image)
     readings = [
         json.loads(
-            project.run("predict", str(project.home / row[kind]), str(image), "--json").stdout
+            project.run(
+                "predict", str(project.home / row[kind]), *[str(image)] * 2, "--json"
+            ).stdout
         )
         for kind in ("checkpoint", "onnx")
     ]
+    assert [len(r["readings"]) for r in readings] == [2, 2]
     one, other = (r["readings"][0] for r in readings)
     assert one["text"] == other["text"]
     assert abs(one["confidence"] - other["confidence"]) < 1e-4
     assert project.frontier(*exporting)["computed"] == []
+
+
+def test_a_tie_between_classes_is_no_difference() -> None:
+    line = np.array([[[0.8, 0.1, 0.1], [0.2, 0.40004, 0.39996], [0.2, 0.5, 0.3]]])
+    network = Reader(lambda _: (line, line), lambda _: line, Charset("ab"), 320, 4, {})
+    pixels = np.zeros((1, 32, 12, 3), np.uint8)
+    for other, tied in (([0, 2, 1], True), ([0, 1, 2], False), ([0, 2, 2], False)):
+        assert _are_tied(network, pixels, np.array([0, 1, 1]), np.array(other)) is tied

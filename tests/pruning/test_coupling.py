@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from crnn.errors import SettingsError
 from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import Recogniser
 from pruning.cost import macs, parameters
@@ -139,3 +140,12 @@ def test_the_deployed_form_of_a_cut_agrees_and_is_smaller(images: Tensor) -> Non
 
 def test_what_can_be_cut_is_proven(network: Recogniser) -> None:
     refuse_uncuttable(network)
+
+
+def test_a_channel_that_no_norm_scales_alone_is_refused() -> None:
+    network = random_network("hgnetv2_b0")  # Adds a learned number behind each ReLU.
+    with (
+        pytest.warns(UserWarning, match="Unwrapped parameters"),
+        pytest.raises(SettingsError, match=r"hgnetv2_b0 cannot be cut: .* logits change by"),
+    ):
+        refuse_uncuttable(network)
