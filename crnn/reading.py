@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -73,13 +73,13 @@ class Decoded(NamedTuple):
 
 
 def read_images(
-    reader: Reader, images: Sequence[Image.Image], beam: "BeamSearch | None" = None
+    reader: Reader, images: Iterable[Image.Image], beam: "BeamSearch | None" = None
 ) -> list[Decoded]:
     """What is on each image, in the order given.
 
     Args:
         reader: The network.
-        images: RGB, of any size.
+        images: RGB, of any size; each is scaled before the next one is asked for.
         beam: How to decode; None: greedily.
 
     Raises:

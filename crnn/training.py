@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -237,7 +237,6 @@ def train_step(
     return value
 
 
-@torch.no_grad()
 def recalibrate(model: Recogniser, lines: Lines) -> None:
     """Estimate the BatchNorm statistics anew, as the mean over batches of unchanged lines.
 
@@ -247,15 +246,23 @@ def recalibrate(model: Recogniser, lines: Lines) -> None:
         model: Changed in place.
         lines: Training samples, at least a few hundred for a steady estimate.
     """
+    device = model.device
+    estimate_statistics(
+        model, (normalise(batch.images.to(device)) for batch in evaluation_batches(lines))
+    )
+
+
+@torch.no_grad()
+def estimate_statistics(model: Recogniser, images: Iterable[Tensor]) -> None:
+    """Give every BatchNorm the mean over batches (N, 3, 32, W), normalised, as its statistics."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # A plain mean over the batches.
     model.train()
-    device = next(model.parameters()).device
-    for batch in evaluation_batches(lines):
-        model.cnn(normalise(batch.images.to(device)))
+    for batch in images:
+        model.cnn(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

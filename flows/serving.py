@@ -16,7 +16,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image
 
-from crnn.data.images import decode, fit_line
+from crnn.data.images import decode
 from crnn.errors import DataError
 from crnn.reading import load_exported, read_images
 
@@ -53,9 +53,8 @@ class LineReader(PythonModel):
         Raises:
             MlflowException: A request that cannot be served; the server answers 400.
         """
-        # Scaled one by one: as they come, a thousand may take more memory than there is.
-        width = self._reader.max_width
-        images = [fit_line(_open(row), width) for row in _rows(model_input)]
+        # One by one: as they come, a thousand may take more memory than there is.
+        images = (_open(row) for row in _rows(model_input))
         return [
             {"text": read.text, "confidence": round(read.confidence, 6)}
             for read in read_images(self._reader, images)

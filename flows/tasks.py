@@ -35,15 +35,15 @@ def teacher(context: Context, settings: TeacherSettings, samples: Manifest) -> A
 @task(cache_policy=NO_CACHE, task_run_name="baseline{context.of_seed}")
 def baseline(context: Context, upstream: dict[str, Any]) -> Any:
     """Train the uncut network."""
-    return _run_stage(
-        context, definitions.baseline_stage(context.experiment, upstream, context.seed)
-    )
+    stage = definitions.baseline_stage(context.experiment, upstream, context.seed)
+    return _run_stage(context, stage)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="sparse{context.of_seed}")
 def sparse(context: Context, upstream: dict[str, Any]) -> Any:
     """Train with the sparsity penalty."""
-    return _run_stage(context, definitions.sparse_stage(context.experiment, upstream, context.seed))
+    stage = definitions.sparse_stage(context.experiment, upstream, context.seed)
+    return _run_stage(context, stage)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="target {kind} {value}{context.of_seed}")
@@ -110,9 +110,8 @@ def measure(context: Context, variant: Variant) -> Any:
 @task(cache_policy=NO_CACHE, task_run_name="latency{context.of_seed}")
 def latency(context: Context, variants: list[Variant]) -> Any:
     """Time all networks side by side."""
-    return _run_stage(
-        context, definitions.latency_stage(context.experiment, variants, context.seed)
-    )
+    stage = definitions.latency_stage(context.experiment, variants, context.seed)
+    return _run_stage(context, stage)
 
 
 def _run_stage(context: Context, stage: Stage) -> Any:

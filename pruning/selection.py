@@ -69,8 +69,10 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
     """Widths of the layers once the blocks that matter least are gone."""
     widths = [len(m) for m in magnitudes]
     left = int(sum(widths) * Decimal(str(ratio)))
-    spare_live = settings.round_to > 1 and left <= _dead(magnitudes, settings)
-    blocks = sorted(_blocks(magnitudes, settings))
+    ranked = [m.sort(descending=True).values[_floor(len(m), settings) :] for m in magnitudes]
+    dead = sum(int((m <= 0).sum()) for m in ranked)
+    spare_live = settings.round_to > 1 and left <= dead
+    blocks = sorted(_blocks(ranked, settings.round_to))
     free = sum(size for *_, size in blocks)
     if left > free:
         raise SettingsError(
@@ -86,27 +88,16 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
     return widths
 
 
-def _dead(magnitudes: list[Tensor], settings: PruneSettings) -> int:
-    """How many dead channels the floors allow to remove."""
-    return sum(int((m <= 0).sum()) for m in _removable(magnitudes, settings))
-
-
-def _removable(magnitudes: list[Tensor], settings: PruneSettings) -> list[Tensor]:
-    """Magnitudes of each layer that are not among those its floor keeps, the largest first."""
-    return [m.sort(descending=True).values[_floor(len(m), settings) :] for m in magnitudes]
-
-
-def _blocks(
-    magnitudes: list[Tensor], settings: PruneSettings
-) -> Iterator[tuple[float, int, int, int]]:
+def _blocks(ranked: list[Tensor], size: int) -> Iterator[tuple[float, int, int, int]]:
     """What may go: the worth of a block of channels, its layer, its negated place, its size.
 
-    Worth is the mean magnitude per channel. A block of dead channels alone is worth less than any
-    other, and the less the earlier its last one died.
+    ranked has the magnitudes of each layer beyond its floor, the largest first. Worth is the mean
+    magnitude per channel. A block of dead channels alone is worth less than any other, and the less
+    the earlier its last one died.
     """
-    for layer, ranked in enumerate(_removable(magnitudes, settings)):
-        for place in range(0, len(ranked), settings.round_to):
-            block = ranked[place : place + settings.round_to]
+    for layer, magnitudes in enumerate(ranked):
+        for place in range(0, len(magnitudes), size):
+            block = magnitudes[place : place + size]
             worth = float(block.clamp(min=0).mean()) or float(block[0])
             yield worth, layer, -place, len(block)
 

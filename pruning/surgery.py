@@ -10,6 +10,7 @@ from crnn.checkpoint import recogniser_of
 from crnn.data.images import HEIGHT
 from crnn.errors import CheckpointError, SettingsError
 from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
+from crnn.training import estimate_statistics
 from pruning.coupling import LSTM, LSTM_INPUTS, Group, groups_of
 from pruning.gammas import norms_of
 
@@ -123,19 +124,13 @@ def _disturbed(model: Recogniser, chance: torch.Generator) -> Recogniser:
 
     In a fresh one constants are zero, and signals so faint that what is cut wrongly goes unseen.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for parameter in model.parameters():
         if parameter.ndim <= 1:
             parameter.data += NOISE * torch.randn(parameter.shape, generator=chance).double()
-    model.eval()
-    for norm in norms:
+    for norm in norms_of(model).values():
         nn.init.ones_(norm.weight)
-        norm.momentum = None  # Its statistics become those of the next batch.
-        norm.reset_running_stats()
-        norm.train()
-    with torch.no_grad():
-        model(torch.rand(4, 3, HEIGHT, 64, generator=chance).double() * 2 - 1)
-    return model.eval()
+    estimate_statistics(model, [torch.rand(4, 3, HEIGHT, 64, generator=chance).double() * 2 - 1])
+    return model
 
 
 def _fold(
