@@ -21,6 +21,10 @@ class TrackingError(UserError):
     """MLflow is needed for the answer and cannot be reached."""
 
 
+class PassingError(UserError):
+    """What may be over when it is tried again: a full disk, a place that is away for a while."""
+
+
 class StoppedError(UserError):
     """The pipeline was told to stop; finished epochs are kept."""
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 """Digest of the rest of a manifest, in the manifest: its figures are believed as its files are."""
 
+LINES = "lines.safetensors"
 MODEL = "model.safetensors"
 ONNX = "model.onnx"
 PT2 = "model.pt2"
@@ -133,17 +135,13 @@ def _found_here(folder: Path, log: Callable[[str], None]) -> Manifest | None:
     if not folder.is_dir():
         return None
     try:
-        return verified(folder)
+        manifest = verified(folder)
     except DamagedError as damage:
-        log(f"{folder.name}: {damage}; set aside as {_set_aside(folder)} and computed again")
+        log(f"{folder.name}: {damage}; set aside as {project.set_aside(folder)} and computed again")
         return None
-
-
-def _set_aside(folder: Path) -> Path:
-    target = project.set_aside_folder() / f"{folder.name}-{time.time_ns()}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)
-    return target
+    with suppress(OSError):  # Of a folder that may only be read.
+        os.utime(folder)  # The garbage collector leaves alone what was used lately.
+    return manifest
 
 
 def _share(manifest: Manifest, log: Callable[[str], None]) -> Manifest:
@@ -172,7 +170,7 @@ def _fetched(key: str, content: bytes, log: Callable[[str], None]) -> Manifest |
             log(f"{key}: what is in the store is damaged ({damage}); it is shared anew")
             return None
         if folder.is_dir():
-            _set_aside(folder)
+            project.set_aside(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh.rename(folder)
         sync_folder(folder.parent)

@@ -3,13 +3,18 @@
 import io
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from safetensors.numpy import load_file
 
 from crnn.data.sources import open_source
 from crnn.files import sha256
 from flows import project, registry
+from flows.cache import LINES
 from flows.comparison import accuracy
 from flows.experiment import ChampionSettings, Experiment
+from flows.locks import single_flight
 from flows.rows import ACCURACY, Row
 from flows.tracking import Tracker
 
@@ -56,11 +61,30 @@ def crown(
     best = best_of(rows, settings)
     if best is None:
         return Crowned("no champion: no exported point is small and close to the baseline enough")
+    # Of two sweeps that end at once, the second has to see the champion of the first.
+    with single_flight(f"champion-{experiment.name}"):
+        return _compete(experiment, tracker, rows, best, sweep_run, figures_of)
+
+
+def _compete(
+    experiment: Experiment,
+    tracker: Tracker,
+    rows: Sequence[Row],
+    best: Row,
+    sweep_run: str | None,
+    figures_of: Callable[[registry.Champion], Row | None],
+) -> Crowned:
+    """Hold the best point of a sweep against the champion that there is."""
+    settings = experiment.champion
+    assert settings
     reigning = tracker.ask(registry.current, experiment.name) if sweep_run else None
-    if reigning and (reason := _stays(reigning, best, rows[0], settings, figures_of(reigning))):
+    if reigning and (reason := _stays(reigning, best, rows[0], settings, figures_of)):
         name = f"version {reigning.version} of {experiment.name}"
         return Crowned(f"{name} stays champion: {reason}")
-    version = tracker.ask(_promote, experiment, tracker, best, sweep_run) if sweep_run else None
+    version = None
+    if sweep_run:
+        candidate = _candidate(experiment, tracker, best, sweep_run)
+        version = tracker.ask(registry.promote, candidate)
     if version is None:
         return Crowned(f"no new champion, as MLflow cannot be reached; the best is {_told(best)}")
     before = f", in place of version {reigning.version}" if reigning else ""
@@ -73,9 +97,12 @@ def _stays(
     best: Row,
     baseline: Row,
     settings: ChampionSettings,
-    figures: Row | None,
+    figures_of: Callable[[registry.Champion], Row | None],
 ) -> str | None:
     """Why the champion stays what it is; None where the best point takes its place."""
+    if not reigning.figures:
+        return "somebody gave it the alias by hand, and it has no figures to compare with"
+    figures = figures_of(reigning)
     if figures is None:
         return "it was measured on other lines, and its file is not here to read these"
     if sha256(project.home() / best["onnx"]) == reigning.digest:
@@ -121,18 +148,21 @@ def _figures(row: Row) -> str:
     )
 
 
-def _promote(experiment: Experiment, tracker: Tracker, row: Row, sweep_run: str) -> str:
+def _candidate(
+    experiment: Experiment, tracker: Tracker, row: Row, sweep_run: str
+) -> registry.Candidate:
     onnx = project.home() / row["onnx"]
-    run = tracker.point_run(sweep_run, row["point"]) or sweep_run
+    run = tracker.ask(tracker.point_run, sweep_run, row["point"]) or sweep_run
     card = model_card(experiment, row, sha256(onnx))
-    example = _first_val_line(experiment)
-    return registry.promote(registry.Candidate(experiment.name, row, onnx, run, card, example))
+    example = _first_val_line(experiment, project.stages_folder() / row["stages"]["data"] / LINES)
+    return registry.Candidate(experiment.name, row, onnx, run, card, example)
 
 
-def _first_val_line(experiment: Experiment) -> bytes:
-    """An image file, the example of an input."""
+def _first_val_line(experiment: Experiment, usable: Path) -> bytes:
+    """An image file, the example of an input: the first line of the data stage's index."""
+    first = int(load_file(usable)["val_indices"][0])
     buffer = io.BytesIO()
-    open_source(experiment.data, "val", experiment.seed).image(0).save(buffer, "png")
+    open_source(experiment.data, "val", experiment.seed).image(first).save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -28,6 +29,9 @@ app = typer.Typer(
 
 INTERRUPTED, TERMINATED = 130, 143
 
+FULL = 1_000_000
+"""Bytes: with fewer left, a disk is why a server of ours fails."""
+
 ParamsFile = Annotated[
     Path, typer.Argument(help="Experiment file, such as params/quickstart.yaml.")
 ]
@@ -52,8 +56,9 @@ def frontier(
     if state.is_cancelled():
         from flows.pipeline import INTERRUPTED as BY_CTRL_C
 
-        code = INTERRUPTED if state.name == BY_CTRL_C else TERMINATED
-        _fail(f"{state.name.lower()}; {state.message}", code)
+        if state.name == BY_CTRL_C:
+            sys.exit(INTERRUPTED)  # main() says the rest, as it does for every command.
+        _fail(f"{state.name.lower()}; {state.message}", TERMINATED)
     result = state.result()
     if as_json:
         _print_json(
@@ -443,8 +448,8 @@ def _print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for name in header:
         # In a narrow terminal the widest columns alone are broken into lines.
-        text = name in ("point", "kept by layer")
-        table.add_column(name, justify="left" if text else "right", no_wrap=" " not in name)
+        justify: Literal["left", "right"] = "left" if name == "point" else "right"
+        table.add_column(name, justify=justify, no_wrap=" " not in name)
     for line in cells:
         table.add_row(*line)
     console = Console()
@@ -475,12 +480,26 @@ def _explain(error: BaseException) -> None:
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}; {KEPT}", 2)
-    if type(error).__module__.startswith("httpx"):  # Prefect's client; MLflow's does not raise.
-        address = os.environ["PREFECT_API_URL"]
-        _fail(f"Prefect's server at {address} cannot be reached ({error}); {KEPT}", 2)
+    if _is_of_prefect_s_client(error):  # MLflow's does not raise.
+        _fail(f"{_why_prefect_fails(error)}; {KEPT}", 2)
     if isinstance(error, Exception):
         _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
     _fail(f"terminated; {KEPT}", TERMINATED)
+
+
+def _is_of_prefect_s_client(error: BaseException) -> bool:
+    """Whether a request to Prefect's server failed."""
+    return any(kind.__module__.startswith("httpx") for kind in type(error).__mro__)
+
+
+def _why_prefect_fails(error: BaseException) -> str:
+    from flows import project
+
+    home = project.home()
+    if home.exists() and shutil.disk_usage(home).free < FULL:
+        return f"No space left on device ({home}): Prefect's server cannot write"
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"Prefect's server at {os.environ['PREFECT_API_URL']} fails ({reason})"
 
 
 def _fail(message: str, code: int) -> None:

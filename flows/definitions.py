@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crnn.charset import Charset
+from crnn.data import images
 from crnn.data.sources import Dataset, Shards, open_source
 from crnn.errors import CheckpointError
 from crnn.files import sha256, write_atomic
@@ -44,8 +45,8 @@ VERSIONS = {
     "data": 2,
     "baseline": 1,
     "sparse": 3,
-    "target": 2,
-    "prune": 3,
+    "target": 3,
+    "prune": 4,
     "finetune": 1,
     "scratch": 1,
     "small": 1,
@@ -66,6 +67,7 @@ def data_stage(experiment: Experiment) -> Stage:
     content = {
         "charset": charset.characters if charset else "",
         "fingerprint": fingerprint(experiment),
+        "images": images.VERSION,
         "max_width": settings.max_width,
         "on_bad_sample": settings.on_bad_sample,
     }
@@ -116,8 +118,9 @@ def _initial(section: BaselineSettings, model: ModelSettings, seed: int) -> dict
 
 def checkpoint_of(experiment: Experiment, stage: Stage) -> str | None:
     """Path of the checkpoint that a stage starts from."""
+    if (digest := stage.settings.get("checkpoint")) is None:
+        return None
     paths = _checkpoints(experiment)
-    digest = stage.settings.get("checkpoint")
     return next((path for path in paths if _digest_of_file(Path(path)) == digest), None)
 
 

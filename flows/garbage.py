@@ -35,7 +35,8 @@ def garbage(days: float, deleted_sweeps: set[str], registered: set[str]) -> list
     """Folders that no sweep or model refers to and nothing has written to for some days.
 
     A sweep refers to the stages of its points and to all that is upstream of them; it is gone
-    once its MLflow run has been deleted. What an unfinished stage starts from is kept with it.
+    once its MLflow run has been deleted. What an unfinished stage starts from is kept with it,
+    and always while it is computed.
 
     Args:
         days: How long a folder must have been left alone.
@@ -48,13 +49,14 @@ def garbage(days: float, deleted_sweeps: set[str], registered: set[str]) -> list
     reports = {path.name: path for path in project.reports_folder().glob("*/sweep-*")}
     gone = {key: path for key, path in reports.items() if key in deleted_sweeps}
     wanted = set().union(*(_stages_of(p) for k, p in reports.items() if k not in gone))
-    unfinished = [path for path in _folders(project.work_folder()) if _is_recent(path, days)]
+    work = _folders(project.work_folder())
+    unfinished = [path for path in work if _is_recent(path, days) or not is_free(path.name)]
     kept = _with_upstream(wanted.union(registered, *map(_inputs_of_work, unfinished)))
     found = [
         *((path, "its sweep was deleted in MLflow") for path in gone.values()),
         *((p, "no sweep or model refers to it") for p in _folders(project.stages_folder())),
-        *((p, "was never finished") for p in _folders(project.work_folder())),
-        *((p, "was damaged and has been replaced") for p in _folders(project.set_aside_folder())),
+        *((p, "was never finished") for p in work),
+        *((p, "could not be used and was set aside") for p in _folders(project.set_aside_folder())),
     ]
     return [
         Garbage(path, _size(path), reason)

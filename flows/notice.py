@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import Any
 
 from flows.experiment import NotifySettings
@@ -29,7 +30,7 @@ def notify(settings: NotifySettings, event: dict[str, Any], log: Callable[[str],
             _run(settings.command, content)
         if settings.webhook:
             _post(settings.webhook, content)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
         log(f"the notification of {event['event']!r} did not arrive: {error}")
 
 

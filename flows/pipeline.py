@@ -17,7 +17,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from crnn.errors import SettingsError, StoppedError, UserError
+from crnn.errors import CheckpointError, PassingError, SettingsError, StoppedError, UserError
 from crnn.settings import ExportSettings, QuantizeSettings
 from flows import cache, children, definitions, display, project, report, servers, store, tasks
 from flows.cache import READINESS, Manifest
@@ -133,9 +133,9 @@ def _persistently(context: Context) -> Frontier:
     for attempt in range(execution.retries):
         try:
             return _sweep(context)
-        except (UserError, CancelledRun):
-            raise
         except Exception as error:
+            if isinstance(error, UserError | CancelledRun) and not isinstance(error, PassingError):
+                raise
             seconds = execution.retry_seconds * 2**attempt
             display.say(f"{error}; tried again in {seconds:g} s, what is finished is kept")
             if context.stop.wait(seconds):
@@ -360,10 +360,12 @@ def _on_these_lines(context: Context, samples: Manifest, reigning: Champion) -> 
     exported = cache.find(reigning.key, display.say)
     if exported is None:
         return None
-    return {
-        **reigning.figures,
-        **_result(context, tasks.judge.submit(context, samples, exported)).metrics,
-    }
+    try:
+        judged = _result(context, tasks.judge.submit(context, samples, exported))
+    except CheckpointError as error:  # Written by another version of this project.
+        display.say(str(error))
+        return None
+    return {**reigning.figures, **judged.metrics}
 
 
 def _links(tracker: Tracker, rows: list[Row], sweep_run: str | None) -> str:

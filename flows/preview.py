@@ -1,7 +1,7 @@
 """Looking without computing: the data check, and what each ratio would cut."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from crnn.errors import UserError
@@ -39,6 +39,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
         UserError: The sparse stage has not been computed, or a ratio or rank cannot be.
     """
     sparse = find_sparse(experiment)
+    from crnn.checkpoint import checkpoint_bytes
     from flows.stages.sparse import plan
     from flows.stages.targets import ratio_for
     from pruning.cost import macs, parameters
@@ -65,7 +66,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
                 "live_removed": live_removed(absolute_gammas(uncut.model), masks),
                 "params": parameters(model)["total"],
                 "macs": macs(model),
-                "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+                "bytes": len(checkpoint_bytes(replace(uncut, model=model, stage="finetune"))),
             }
         )
     verdict = json.loads(sparse.file(cache.READINESS).read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import time
 from functools import cache
 from pathlib import Path
 
@@ -33,8 +34,16 @@ def locks_folder() -> Path:
 
 
 def set_aside_folder() -> Path:
-    """Damaged results, kept for whoever wants to know what happened."""
+    """What was damaged or made of other samples, kept for whoever wants to know what happened."""
     return home() / "set-aside"
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a folder that cannot be used out of the way; where it is now."""
+    target = set_aside_folder() / f"{folder.name}-{time.time_ns()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    return target
 
 
 def reports_folder() -> Path:

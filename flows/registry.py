@@ -36,7 +36,8 @@ class Champion:
         digest: SHA-256 of its ONNX file.
         key: Of the stage that made the file.
         data: Key of the data stage whose val lines it was measured on.
-        figures: Accuracy and costs, named as in a row.
+        figures: Accuracy and costs, named as in a row; none where somebody gave the alias by hand
+            to a model of another origin.
     """
 
     version: str
@@ -55,8 +56,8 @@ def current(name: str) -> Champion | None:
             return None
         raise
     tags = found.tags
-    figures = json.loads(tags["figures"])
-    return Champion(found.version, tags["sha256"], tags["key"], tags["data_key"], figures)
+    digest, key, data = (tags.get(name, "") for name in ("sha256", "key", "data_key"))
+    return Champion(found.version, digest, key, data, json.loads(tags.get("figures", "{}")))
 
 
 @dataclass(frozen=True)

@@ -140,9 +140,9 @@ def mean_of_seeds(rows: Mapping[int, Row]) -> Row:
     if len(rows) == 1:
         return first
     # Machines differ in what they can time: what was not timed for every seed is left out.
-    common = set.intersection(*(set(_figures(row)) for row in rows.values()))
+    common = set.intersection(*(set(figures_in(row)) for row in rows.values()))
     first = {n: v for n, v in first.items() if n in common or not n.startswith(TIMED)}
-    means = {name: mean(row[name] for row in rows.values()) for name in _figures(first)}
+    means = {name: mean(row[name] for row in rows.values()) for name in figures_in(first)}
     accuracies = [row[ACCURACY] for row in rows.values()]
     low, high = interval_of_seeds(accuracies, means["val/samples"])
     return {
@@ -154,7 +154,7 @@ def mean_of_seeds(rows: Mapping[int, Row]) -> Row:
         **{f"{ACCURACY}_seed_{seed}": row[ACCURACY] for seed, row in rows.items()},
         "stages": _stages_of_seeds(rows),
         "seeds": {
-            str(seed): {**_figures(row), "checkpoint": row["checkpoint"]}
+            str(seed): {**figures_in(row), "checkpoint": row["checkpoint"]}
             for seed, row in rows.items()
         },
     }
@@ -180,7 +180,8 @@ def interval_of_seeds(accuracies: list[float], lines: float) -> tuple[float, flo
     return wilson_interval(share, effective)
 
 
-def _figures(row: Row) -> dict[str, float]:
+def figures_in(row: Row) -> dict[str, float]:
+    """The numbers of a row, by their names."""
     return {
         name: value
         for name, value in row.items()

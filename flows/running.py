@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from crnn.errors import StoppedError
+from crnn.errors import PassingError, StoppedError
 from flows import cache, children, definitions, display, project, store
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
@@ -198,6 +198,7 @@ def _compute(
     try:
         job = _job(context.experiment, stage, cpus, folder)
         outcome = children.run_child(job, lock, on_event, context.stop)
+        _refuse_other_samples(context.experiment, stage, folder)
     except BaseException as error:
         stopped = isinstance(error, StoppedError)
         context.forecast.interrupt(stage)
@@ -207,6 +208,21 @@ def _compute(
         display.end(stage.label)
     run_id = context.tracker.run_of(stage.key)
     return cache.publish(stage, folder / "out", outcome, run_id, log)
+
+
+def _refuse_other_samples(experiment: Experiment, stage: Stage, work: Path) -> None:
+    """Set a stage aside whose samples are no longer those that its key was made of.
+
+    Raises:
+        PassingError: They changed while it was computed.
+    """
+    samples = stage.inputs.get("data", stage)
+    known = samples.settings.get("fingerprint")
+    if known and definitions.fingerprint(experiment) != known:
+        raise PassingError(
+            f"the samples changed while {stage.label} was computed; set aside as"
+            f" {project.set_aside(work)}, run again to compute it with what they are now"
+        )
 
 
 def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:

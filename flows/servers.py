@@ -17,9 +17,13 @@ from pathlib import Path
 from crnn.errors import UserError
 from crnn.files import write_atomic
 from flows import project
+from flows.locks import is_free, single_flight
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
+
+SERVERS = "servers"
+"""Name of the lock that is held while there are servers of this state folder."""
 
 LEASES_IN_FILES = "prefect.server.concurrency.lease_storage.filesystem"
 """Prefect forgets in a restart the leases it has in memory, and then never frees their slots."""
@@ -51,6 +55,8 @@ def running() -> Servers | None:
         found = Servers(**json.loads(_record().read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    if is_free(SERVERS):  # The record was left by a killed one: whatever answers there is not ours.
+        return None
     return found if all(_answers(page) for page in (found.mlflow, found.prefect)) else None
 
 
@@ -63,16 +69,22 @@ def serving(mlflow_port: int, prefect_port: int) -> Iterator[Servers]:
     """Start both servers, wait until they answer, and stop them at the end.
 
     Raises:
-        UserError: A port that is taken, or a server that does not start.
+        UserError: This folder has servers already, a port is taken, or a server does not start.
     """
     from flows.tracking import create_store  # Importing MLflow takes seconds.
 
+    if not is_free(SERVERS):
+        raise UserError(
+            "this state folder has its servers already: `crnn-slim up` or `crnn-slim schedule` runs"
+            " in another terminal"
+        )
     servers = Servers(f"http://{HOST}:{mlflow_port}", f"http://{HOST}:{prefect_port}")
     for name, port in (("MLflow", mlflow_port), ("Prefect", prefect_port)):
         if not port_is_free(port):
             raise UserError(f"port {port} is taken; choose another with --{name.lower()}-port")
     create_store()
     with contextlib.ExitStack() as started:
+        started.enter_context(single_flight(SERVERS))
         logs = project.home() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         waits = [
@@ -98,7 +110,8 @@ def prefect() -> Iterator[str]:
     if there := running():
         yield there.prefect
         return
-    with serving(MLFLOW_PORT, PREFECT_PORT) as servers:
+    ports = [port if port_is_free(port) else _free_port() for port in (MLFLOW_PORT, PREFECT_PORT)]
+    with serving(*ports) as servers:
         yield servers.prefect
 
 
@@ -178,6 +191,13 @@ def _answers(page: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def port_is_free(port: int) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 
 import mlflow
 import numpy as np
-from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -24,6 +25,7 @@ from crnn.errors import CheckpointError, TrackingError
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MANIFEST, SNAPSHOTS, Manifest, Stage
 from flows.locks import is_free, single_flight
+from flows.rows import figures_in
 from flows.views import FRONTIER, TRAINING, page_of_view, view_tags
 
 RETRY_SECONDS = 30
@@ -350,14 +352,9 @@ class Tracker:
         run = found or self._client.create_run(
             str(self.experiment_id), run_name=point["point"], tags=tags
         )
-        figures = {
-            name: value
-            for name, value in point.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
         self._client.log_batch(
             run.info.run_id,
-            metrics=[] if run.data.metrics else _metrics(figures, 0),
+            metrics=[] if run.data.metrics else _metrics(figures_in(point), 0),
             tags=[RunTag("pareto", str(point["pareto"]).lower())],
         )
         self._client.set_terminated(run.info.run_id, "FINISHED")
@@ -400,15 +397,36 @@ def deleted_and_registered() -> tuple[set[str], set[str]]:
     try:
         everywhere = [e.experiment_id for e in client.search_experiments(ViewType.ALL)]
         sweeps = client.search_runs(
-            everywhere, "tags.kind = 'sweep'", ViewType.DELETED_ONLY, max_results=50_000
+            everywhere, "tags.kind = 'sweep'", ViewType.ALL, max_results=50_000
         )
         versions = client.search_model_versions(max_results=10_000)
-        runs = [client.get_run(version.run_id) for version in versions if version.run_id]
+        registered = {key for version in versions for key in _stages_behind(client, version)}
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise TrackingError(f"MLflow cannot be reached ({reason}); gc asks it first") from error
-    keys = {key for run in runs for tag, key in run.data.tags.items() if tag.endswith("_key")}
-    return {run.data.tags["sweep_key"] for run in sweeps}, keys
+    # A sweep that was deleted and recorded again has a run of each kind.
+    active = {
+        r.data.tags["sweep_key"] for r in sweeps if r.info.lifecycle_stage == LifecycleStage.ACTIVE
+    }
+    return {run.data.tags["sweep_key"] for run in sweeps} - active, registered
+
+
+def _stages_behind(client: MlflowClient, version: ModelVersion) -> set[str]:
+    """Keys of the stages that a registered model was made by, as far as MLflow still knows them.
+
+    The pipeline tags the versions that it registers; one that was registered by hand has its run
+    alone, which may have been purged.
+    """
+    keys = {version.tags["key"]} if "key" in version.tags else set()
+    if not version.run_id:
+        return keys
+    try:
+        tags = client.get_run(version.run_id).data.tags
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return keys
+    return keys.union(key for tag, key in tags.items() if tag.endswith("_key"))
 
 
 def download(uri: str) -> Path:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from crnn.errors import UserError
+from crnn.errors import PassingError, UserError
 from flows import group
 from flows.children import TICK_SECONDS, end_with_parent
 
@@ -60,7 +60,7 @@ def _refusals(job: dict[str, Any], emit: Emit) -> Iterator[None]:
         message = (
             f"{error.strerror or error}{where} in stage {job['stage']}; finished epochs are kept"
         )
-        emit({"event": "refused", "kind": "UserError", "message": message})
+        emit({"event": "refused", "kind": PassingError.__name__, "message": message})
         raise
 
 

@@ -17,6 +17,10 @@ BUCKET = 16
 PADDING = 128
 """Grey level of padding; it becomes zero, give or take 1/255, when normalised."""
 
+VERSION = 2
+"""Raise it when a change of this file gives other pixels: what was trained on the old ones is other
+data."""
+
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; a line is far smaller, a decompression bomb is larger."""
 

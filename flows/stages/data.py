@@ -14,7 +14,8 @@ from crnn.data.check import Checked, check_splits, refuse_bad, refuse_empty
 from crnn.data.sources import Source
 from crnn.files import write_atomic
 from crnn.networks.vgg import STRIDE
-from flows.stages.work import LINES, READING, Outcome, Work
+from flows.cache import LINES
+from flows.stages.work import READING, Outcome, Work
 
 
 def data(work: Work) -> Outcome:
@@ -32,6 +33,7 @@ def data(work: Work) -> Outcome:
     reading = {
         "charset": checked.charset.characters,
         "fingerprint": work.settings["fingerprint"],
+        "images": work.settings["images"],
         "max_width": work.data.max_width,
     }
     save_file(

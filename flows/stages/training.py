@@ -1,7 +1,6 @@
 """The stages that train: baseline, fine-tune and, in sparse.py, sparse. Arguments alone differ."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from crnn.checkpoint import load_checkpoint, load_run, save_run
 from crnn.devices import best_device
 from crnn.distributed import rank
-from crnn.errors import CheckpointError
+from crnn.errors import CheckpointError, PassingError
 from crnn.evaluation import evaluate
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser
@@ -150,11 +149,9 @@ def _run(work: Work, model: Recogniser, settings: TrainSettings) -> Run:
         except CheckpointError as error:
             if rank():
                 raise  # It read a copy; the first process says so of the state itself.
-            target = project.set_aside_folder() / f"{work.folder.name}-{time.time_ns()}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work.folder.rename(target)
-            raise CheckpointError(
-                f"{error}; set aside as {target}, run again to start this stage anew"
+            aside = project.set_aside(work.folder)
+            raise PassingError(
+                f"{error}; set aside as {aside}, run again to start this stage anew"
             ) from error
     return start(model, settings, work.settings["seed"])
 

@@ -23,7 +23,7 @@ from crnn.data.batches import Lines
 from crnn.data.images import HEIGHT
 from crnn.data.sources import open_source
 from crnn.devices import best_device, describe
-from crnn.errors import CheckpointError
+from crnn.errors import PassingError
 from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import DataSettings
@@ -33,8 +33,8 @@ from pruning.cost import LINE_WIDTH
 
 Event = dict[str, Any]
 
-LINES, READING = "lines.safetensors", "reading"
-"""The data stage's index of the usable samples, and the entry in it that tells how to read them."""
+READING = "reading"
+"""Entry of the data stage's index of the usable samples that tells how to read them."""
 
 MAX_LOADERS = 8
 """Loader processes that one GPU can want; each keeps a few batches in shared memory."""
@@ -74,7 +74,7 @@ class Work:
         """Result file of an upstream stage, proven again: time has passed since it was found.
 
         Raises:
-            CheckpointError: Its bytes are not those that this stage's key was made of.
+            PassingError: Its bytes are not those that this stage's key was made of.
         """
         upstream = self.job["inputs"][stage]
         return proven(Path(upstream["file"]), upstream["sha256"])
@@ -127,10 +127,10 @@ def proven(path: Path, digest: str) -> Path:
     """The path, once its bytes have been hashed in this process.
 
     Raises:
-        CheckpointError: The file is missing or has other bytes.
+        PassingError: The file is missing or has other bytes.
     """
     if not path.is_file() or sha256(path) != digest:
-        raise CheckpointError(
+        raise PassingError(
             f"{path} was changed while the pipeline ran; run again: it is set aside and computed"
             " again"
         )

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from crnn.data.render import render_line
 from flows.champion import beats, best_of
 from flows.experiment import ChampionSettings
 from flows.stages.export import judge
 from tests.conftest import DIGITS
-from tests.flows.conftest import Project, client_of, copy_of, free_port, wait_for, work_of
+from tests.flows.conftest import (
+    Project,
+    client_of,
+    copy_of,
+    free_port,
+    new_project,
+    wait_for,
+    work_of,
+)
 
 Exported = tuple[Project, dict[str, Any]]
 
@@ -110,6 +120,46 @@ def test_other_lines_are_read_by_the_champion_before_it_is_judged(
     row = next(row for row in printed["rows"] if row["point"] == "0.6 int8")
     assert scores == {name: row[name] for name in scores}
     assert scores["val/samples"] == 16
+
+
+def test_a_champion_that_lacks_a_character_is_judged_by_what_it_reads(
+    exported: Exported, finished: Exported, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    champion = exported[0].manifests()["int8 finetune 0.6"]
+    place = Path("stages") / champion["key"]
+    shutil.copytree(exported[0].home / place, project.home / place)
+    digits = project.manifests()["data"]
+    work = work_of(project, "judge", {"data": digits, "export": champion}, tmp_path / "work")
+    assert judge(work)[1]["val/word_accuracy"] < 0.5
+
+
+def test_the_example_is_the_first_line_that_can_be_read(
+    exported: Exported, label_folder: Path, tmp_path: Path
+) -> None:
+    first = (label_folder / "val.txt").read_text().split("\t")[0]
+    (label_folder / first).write_bytes(b"no image")
+    settings = {**yaml.safe_load(exported[0].params.read_text()), "name": "with-bad-lines"}
+    settings["data"] = {
+        "root": str(label_folder),
+        "train": "train.txt",
+        "val": "val.txt",
+        "max_width": 160,
+        "on_bad_sample": "skip",
+    }
+    settings |= {"ratios": [0.6], "champion": {"rule": "most_accurate"}}
+    project = new_project(tmp_path / "project", **settings)
+    assert "MLflow cannot be reached" not in project.frontier()["champion"]
+
+
+def test_an_alias_that_was_given_by_hand_is_left_alone(exported: Exported, tmp_path: Path) -> None:
+    project = copy_of(exported, tmp_path / "copy")
+    client = client_of(project)
+    run = client.get_model_version_by_alias("tiny", "champion").run_id
+    own = client.create_model_version("tiny", "runs:/own", run_id=run)
+    client.set_registered_model_alias("tiny", "champion", own.version)
+    said = project.frontier()["champion"]
+    assert said.startswith("version 2 of tiny stays champion: somebody gave it the alias by hand")
 
 
 def request(address: str, content: Any) -> tuple[int, Any]:

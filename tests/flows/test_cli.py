@@ -134,8 +134,7 @@ def test_preview_shows_the_cuts_the_pipeline_makes(finished: Finished) -> None:
     for cut, row in zip(cuts, result["rows"][1:], strict=True):
         assert cut["params"] == row["cost/params_total"]
         assert cut["macs"] == row["cost/macs"]
-        header = row["cost/bytes"] - cut["bytes"]
-        assert 0 < header < 10_000, "a checkpoint is its tensors and a header"
+        assert cut["bytes"] == row["cost/bytes"]
         assert len(cut["widths"]) == 10
     table = project.run("preview", str(project.params), "--ratios", "0.5,0.9").stdout
     assert table.startswith("a cut of up to 0.6")

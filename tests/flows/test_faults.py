@@ -2,14 +2,18 @@
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from prefect.exceptions import PrefectHTTPStatusError
 
-from crnn.errors import CheckpointError
+from crnn.errors import PassingError
+from flows.cli import _explain
 from flows.stages.work import proven
 from tests.flows.conftest import Project, copy_of, new_project
 
@@ -19,8 +23,28 @@ Finished = tuple[Project, dict[str, Any]]
 def test_a_file_that_changed_since_it_was_found_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_bytes(b"other bytes")
-    with pytest.raises(CheckpointError, match="was changed while the pipeline ran; run again"):
+    with pytest.raises(PassingError, match="was changed while the pipeline ran; run again"):
         proven(path, "0" * 64)
+
+
+def test_samples_that_change_while_a_stage_reads_them_do_not_pass_for_the_old_ones(
+    label_folder: Path, tmp_path: Path
+) -> None:
+    data = {"root": str(label_folder), "train": "train.txt", "val": "val.txt", "max_width": 160}
+    project = new_project(tmp_path / "project", data=data, ratios=[0.6])
+    command = project.command("frontier", str(project.params))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **project.options()) as running:
+        while not list(project.home.glob("work/baseline-*")):
+            assert running.poll() is None
+            time.sleep(0.02)
+        labels = label_folder / "train.txt"
+        labels.write_text(labels.read_text().replace("\t", "\t0"))
+        said = running.communicate()[1].splitlines()[-1]
+    assert running.returncode == 2
+    assert "the samples changed while baseline was computed; set aside as" in said
+    assert set(project.manifests()) == {"data"}
+    assert list((project.home / "set-aside").glob("baseline-*/out/model.safetensors"))
+    assert project.frontier()["computed"][:2] == ["data", "baseline"]
 
 
 def test_few_open_files_are_enough_or_said(finished: Finished, tmp_path: Path) -> None:
@@ -73,14 +97,31 @@ def test_a_disk_too_full_for_prefect_s_server_is_said(tmp_path: Path) -> None:
     assert "Prefect's server does not start" in run.stderr.splitlines()[-1]
 
 
+def test_an_error_of_prefect_s_server_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    request = httpx.Request("POST", "http://127.0.0.1:4200/api/flow_runs")
+    answer = httpx.Response(500, request=request)
+    error = httpx.HTTPStatusError("Server error '500'", request=request, response=answer)
+    with pytest.raises(SystemExit, match="2"):
+        _explain(PrefectHTTPStatusError.from_httpx_error(error))
+    assert "Prefect's server at http://127.0.0.1:4200/api fails (" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "3m") as small:
-        changes = {"model": {"width": 0.4, "hidden": 8}, "ratios": [0.6]}
+        changes = {
+            "model": {"width": 0.4, "hidden": 8},
+            "ratios": [0.6],
+            "execution": {"retries": 1, "retry_seconds": 0.1},
+        }
         project = new_project(small / "project", fresh=True, **changes)
         project.environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
         failed = project.run("frontier", str(project.params), code=2)
         last = failed.stderr.strip().splitlines()[-1]
         assert "No space left on device" in last
+        assert "tried again in 0.1 s" in failed.stderr
         assert "Traceback" not in failed.stderr
         assert "data" in project.manifests()
         subprocess.run(["mount", "-o", "remount,size=200m", str(small)], check=True)

@@ -1,6 +1,10 @@
 """`crnn-slim gc`: what goes, what stays."""
 
+import fcntl
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,54 @@ def test_what_a_sweep_refers_to_stays_until_its_run_is_deleted(
     assert project.frontier()["computed"] == []
 
 
+def test_a_sweep_that_was_deleted_and_recorded_again_stays(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    before = stages(project)
+    client = client_of(project)
+    client.delete_run(finished[1]["sweep_run"])
+    again = project.frontier()
+    assert again["computed"] == []
+    assert again["sweep_run"] != finished[1]["sweep_run"]
+    assert "0 folders" in project.run("gc", "--older-than", "0", "--yes").stdout
+    assert stages(project) == before
+
+
+def test_a_registered_model_whose_run_was_purged_is_no_outage(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    client = client_of(project)
+    client.create_registered_model("kept")
+    tuned = project.manifests()["finetune 0.6"]
+    client.create_model_version("kept", "runs:/it", run_id=tuned["run_id"])
+    client.delete_run(tuned["run_id"])
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project.database}"}
+    purge = [sys.executable, "-m", "mlflow", "gc", "--run-ids", tuned["run_id"]]
+    environment = {**os.environ, **store}
+    subprocess.run(purge, env=environment, check=True, capture_output=True)
+    assert "0 folders" in project.run("gc", "--older-than", "0").stdout
+
+
+def test_what_a_running_stage_starts_from_stays(finished: Finished, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    client_of(project).delete_run(finished[1]["sweep_run"])
+    sparse = project.manifests()["sparse"]
+    work = project.home / "work" / "prune-1"
+    work.mkdir(parents=True)
+    inputs = {"sparse": {"file": str(project.home / "stages" / sparse["key"] / "index.json")}}
+    (work / "job.json").write_text(json.dumps({"inputs": inputs}))
+    lock = project.home / "locks" / "prune-1.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        shown = project.run("gc", "--older-than", "0").stdout
+    assert "finetune" in shown
+    for kept in ("prune-1:", sparse["key"], *sparse["inputs"].values()):
+        assert kept not in shown
+    assert sparse["key"] in project.run("gc", "--older-than", "0").stdout
+
+
 def test_unfinished_and_damaged_work_goes_when_it_is_old(
     finished: Finished, tmp_path: Path
 ) -> None:
@@ -56,7 +108,7 @@ def test_unfinished_and_damaged_work_goes_when_it_is_old(
         os.utime(project.home / folder, (old, old))
     shown = project.run("gc").stdout
     assert "sparse-1: was never finished" in shown
-    assert "sparse-2: was damaged and has been replaced" in shown
+    assert "sparse-2: could not be used and was set aside" in shown
     project.run("gc", "--yes")
     assert not (project.home / "work" / "sparse-1").exists()
     assert not (project.home / "set-aside" / "sparse-2").exists()

@@ -1,13 +1,17 @@
 """`up`, schedules and notifications with real servers, a real cron tick and a real hook."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +54,9 @@ def test_up_serves_both_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         for port in (mlflow, prefect):
             assert not reachable_from_outside(port)
         again = project.run("up", *ports, code=2)
-        assert f"port {mlflow} is taken" in again.stderr
+        assert "has its servers already" in again.stderr
+        other = new_project(tmp_path / "other")
+        assert f"port {mlflow} is taken" in other.run("up", *ports, code=2).stderr
         printed = project.frontier("--set", "ratios=[0.6]")
         assert printed["sweep_run"]
         runs = urllib.request.urlopen(
@@ -169,7 +175,60 @@ def test_a_hook_that_fails_is_logged_and_no_more() -> None:
     notify(NotifySettings(command="/no/such/program"), {"event": "failed"}, logged.append)
     address = f"http://127.0.0.1:{free_port()}"
     notify(NotifySettings(webhook=address), {"event": "champion"}, logged.append)
-    assert len(logged) == 3
+    with answering(b"SSH-2.0-OpenSSH_9.2\r\n") as no_http:
+        notify(NotifySettings(webhook=no_http), {"event": "champion"}, logged.append)
+    assert len(logged) == 4
     assert all("did not arrive" in line for line in logged)
     notify(NotifySettings(), {"event": "failed"}, logged.append)
-    assert len(logged) == 3
+    assert len(logged) == 4
+
+
+@contextmanager
+def answering(content: bytes) -> Iterator[str]:
+    """Address of something that says these bytes to whoever comes."""
+
+    def answer(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(content)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, args=[server], daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_schedule_finds_ports_and_believes_no_record_of_servers_that_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL")
+    project = new_project(tmp_path / "project")
+    log = tmp_path / "log"
+    page = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
+    with answering(page) as somebody, taken(4200):
+        record = project.home / "servers.json"
+        record.write_text(json.dumps({"mlflow": somebody, "prefect": somebody}))
+        scheduler = started(
+            project, "schedule", str(project.params), "--cron", "0 2 * * *", log=log
+        )
+        try:
+            wait_until_said(log, "Ctrl-C ends this", scheduler)
+            assert json.loads(record.read_text())["prefect"] in log.read_text()
+            assert somebody not in log.read_text()
+            assert ":4200" not in log.read_text()
+        finally:
+            scheduler.send_signal(signal.SIGINT)
+            scheduler.wait(60)
+    assert not record.exists()
+
+
+@contextmanager
+def taken(port: int) -> Iterator[None]:
+    """Have something listen at a port, unless something does already."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            held.enter_context(socket.create_server(("127.0.0.1", port)))
+        yield
