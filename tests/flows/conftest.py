@@ -150,7 +150,7 @@ def wait_for(address: str, seconds: float = 60) -> bytes:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with urllib.request.urlopen(address) as response:
+            with urllib.request.urlopen(address, timeout=5) as response:
                 content: bytes = response.read()
                 return content
         except OSError:
@@ -248,12 +248,12 @@ def computed(folder: pytest.TempPathFactory, name: str, **changes: Any) -> tuple
     """A finished project and what it printed; test processes side by side share it."""
     base = folder.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    project = new_project(base / name, fresh=True, **changes)
     printed = base / f"{name}.json"
     with FileLock(base / f"{name}.lock"):
         if not printed.exists():
+            project = new_project(base / name, fresh=True, **changes)
             printed.write_text(json.dumps(project.frontier()))
-    return project, json.loads(printed.read_text())
+    return Project(base / name), json.loads(printed.read_text())
 
 
 def work_of(

@@ -1,6 +1,7 @@
 """Which point becomes champion, what the registry then has, and that it serves."""
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -12,12 +13,15 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import yaml
+from PIL import Image
+from safetensors.numpy import save_file
 
 from crnn.data.render import render_line
-from flows.champion import beats, best_of
-from flows.experiment import ChampionSettings
+from crnn.data.sources import open_source
+from flows.champion import _first_val_line, beats, best_of
+from flows.experiment import ChampionSettings, load_experiment
 from flows.stages.export import judge
 from tests.conftest import DIGITS
 from tests.flows.conftest import (
@@ -134,22 +138,14 @@ def test_a_champion_that_lacks_a_character_is_judged_by_what_it_reads(
     assert judge(work)[1]["val/word_accuracy"] < 0.5
 
 
-def test_the_example_is_the_first_line_that_can_be_read(
-    exported: Exported, label_folder: Path, tmp_path: Path
-) -> None:
-    first = (label_folder / "val.txt").read_text().split("\t")[0]
-    (label_folder / first).write_bytes(b"no image")
-    settings = {**yaml.safe_load(exported[0].params.read_text()), "name": "with-bad-lines"}
-    settings["data"] = {
-        "root": str(label_folder),
-        "train": "train.txt",
-        "val": "val.txt",
-        "max_width": 160,
-        "on_bad_sample": "skip",
-    }
-    settings |= {"ratios": [0.6], "champion": {"rule": "most_accurate"}}
-    project = new_project(tmp_path / "project", **settings)
-    assert "MLflow cannot be reached" not in project.frontier()["champion"]
+def test_the_example_is_the_first_line_that_can_be_read(label_folder: Path, tmp_path: Path) -> None:
+    data = {"root": str(label_folder), "train": "train.txt", "val": "val.txt", "max_width": 160}
+    experiment = load_experiment(new_project(tmp_path / "project", data=data).params, [])
+    usable = tmp_path / "lines.safetensors"
+    save_file({"val_indices": np.array([1, 2])}, usable)
+    example = Image.open(io.BytesIO(_first_val_line(experiment, usable)))
+    second = open_source(experiment.data, "val", 0).image(1)
+    assert np.array_equal(np.asarray(example), np.asarray(second))
 
 
 def test_an_alias_that_was_given_by_hand_is_left_alone(exported: Exported, tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ def test_samples_that_change_while_a_stage_reads_them_do_not_pass_for_the_old_on
             assert running.poll() is None
             time.sleep(0.02)
         labels = label_folder / "train.txt"
-        labels.write_text(labels.read_text().replace("\t", "\t0"))
+        changed = tmp_path / "train.txt"
+        changed.write_text(labels.read_text().replace("\t", "\t0"))
+        changed.replace(labels)
         said = running.communicate()[1].splitlines()[-1]
     assert running.returncode == 2
     assert "the samples changed while baseline was computed; set aside as" in said

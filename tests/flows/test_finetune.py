@@ -1,14 +1,16 @@
 """The fine-tune stage: with a teacher, with new BatchNorm statistics, or not at all."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from crnn.checkpoint import load_checkpoint
+from flows import cache, definitions
 from flows.cache import MODEL
+from flows.experiment import load_experiment
 from flows.stages.training import finetune
 from tests.flows.conftest import Project, work_of
 
@@ -54,7 +56,19 @@ def test_the_baseline_teaches_where_it_is_asked_to(finished: Finished, tmp_path:
     taught, with_teacher = tuned(finished, tmp_path / "taught", distill=1.0)
     assert with_teacher["train/loss"] > metrics["train/loss"]
     assert not torch.equal(plain["head.weight"], taught["head.weight"])
-    project, result = finished
-    key = result["rows"][2]["stages"]["finetune"]
-    manifest = json.loads((project.home / "stages" / key / "manifest.json").read_text())
-    assert ("baseline" in manifest["inputs"]) == bool(manifest["settings"]["train"]["distill"])
+
+
+@pytest.mark.parametrize("distill", [0, 1])
+def test_the_baseline_is_an_input_where_it_teaches(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, distill: int
+) -> None:
+    project = finished[0]
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    experiment = load_experiment(project.params, [f"finetune.distill={distill}"])
+    made = project.manifests()
+    upstream = {
+        name: cache.verified(project.home / "stages" / made[label]["key"])
+        for name, label in (("data", "data"), ("baseline", "baseline"), ("prune", "prune 0.6"))
+    }
+    stage = definitions.finetune_stage(experiment, upstream, 0.6, 0)
+    assert ("baseline" in stage.inputs) == bool(distill)

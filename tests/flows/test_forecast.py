@@ -1,8 +1,5 @@
 """How far a sweep is, and how long it still takes."""
 
-import json
-import os
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +124,3 @@ def test_the_plan_has_teachers_targets_controls_and_seeds(tmp_path: Path) -> Non
         "measure": 12,
         "latency": 2,
     }
-
-
-def test_prefect_shows_how_far_a_run_is(finished: Finished, tmp_path: Path) -> None:
-    copy_of(finished, tmp_path / "copy").frontier()
-    wanted = {"artifacts": {"key": {"any_": ["progress-tiny"]}}}
-    request = urllib.request.Request(
-        f"{os.environ['PREFECT_API_URL']}/artifacts/filter",
-        json.dumps(wanted).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as answer:
-        shown = [(artifact["data"], artifact["description"]) for artifact in json.load(answer)]
-    assert (100, "11 of 11 stages") in shown

@@ -275,7 +275,7 @@ def test_prefect_shows_stages_by_name_and_cached_where_cached(
         "        tasks = [t for t in await client.read_task_runs() if t.flow_run_id == run.id]\n"
         "        found = [a for a in await client.read_artifacts() if a.flow_run_id == run.id]\n"
         "        print(json.dumps({t.name: t.state.name for t in tasks}))\n"
-        "        print(json.dumps([[a.key, a.type, a.description] for a in found]))\n"
+        "        print(json.dumps([[a.key, a.type, a.description, a.data] for a in found]))\n"
         "asyncio.run(main())\n"
     )
     result = subprocess.run(
@@ -287,9 +287,9 @@ def test_prefect_shows_stages_by_name_and_cached_where_cached(
         "measure baseline"
     }
     assert set(states.values()) == {"Completed", "Cached"}
-    shown = {(key, kind): description for key, kind, description in artifacts}
-    assert shown["progress-shown", "progress"] == "11 of 11 stages"
-    description = shown["frontier-shown", "table"]
+    shown = {(key, kind): (description, data) for key, kind, description, data in artifacts}
+    assert shown["progress-shown", "progress"] == ("11 of 11 stages", 100)
+    description = shown["frontier-shown", "table"][0]
     assert "[sparse 0.3](http://127.0.0.1:5000/#/experiments/" in description
 
 

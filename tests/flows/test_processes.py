@@ -130,8 +130,10 @@ def training_along(project: Project) -> Iterator[subprocess.Popen[str]]:
     """A machine that joins, and is told to leave at the end."""
     command = project.command("join", str(project.params))
     joined = subprocess.Popen(command, stderr=subprocess.PIPE, **project.options())
-    yield joined
-    joined.terminate()
+    try:
+        yield joined
+    finally:
+        joined.terminate()
     said = joined.communicate(timeout=30)[1]
     assert (joined.returncode, "the others go on" in said) == (0, True) or joined.returncode < 0
 

@@ -140,7 +140,9 @@ def test_a_store_that_is_back_before_the_end_is_filled_by_the_same_run(
     tracker = Tracker("tiny", warnings.append)
     for folder in project.home.glob("stages/*"):
         tracker.finish(cache.verified(folder))
+    deadline = time.monotonic() + 60
     while not warnings:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
     report = Path(finished[1]["report"])
