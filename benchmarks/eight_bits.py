@@ -29,10 +29,10 @@ def main() -> None:
     """Read, and print a table."""
     params, *given = sys.argv[1:]
     experiment = load_experiment(Path(params), given)
+    assert experiment.quantize is not None
     found = {row["point"]: row for row in frontier(params, [experiment.seed], [], given)}
     val = lines_of(experiment)[1]
     plain = list(evaluation_batches(val))
-    assert experiment.quantize is not None
     copies = [
         batch
         for copy in range(COPIES)

@@ -3,9 +3,11 @@
 Its regularizer adds s x sign(gamma) to the gradient, which is this project's `subgradient`
 (tests/pruning/test_peer.py holds them to the same bits), so it takes that sparse network from the
 cache. Its importance and its cut, which drops the constants, are its own; fine-tuning is this
-project's without a teacher, which it does not have.
+project's without a teacher, which it does not have. It leaves a layer whole where all of its
+channels would go, so that it may cut less than it is asked to: the table says where.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -22,13 +24,14 @@ from crnn.networks.recogniser import Recogniser
 from crnn.networks.vgg import STRIDE
 from crnn.training import fit, start
 from flows import project
-from flows.definitions import given_charset
+from flows.definitions import fingerprint, given_charset
 from flows.experiment import Experiment
 from flows.rows import ACCURACY
+from pruning.gammas import widths
 
 
 def cut_by_torch_pruning(model: Recogniser, ratio: float) -> Recogniser:
-    """Remove a share of the channels, ranked by |gamma| over all layers.
+    """Remove a share of the channels, ranked over all layers by |gamma| over its layer's mean.
 
     Args:
         model: On the CPU; changed in place.
@@ -55,7 +58,10 @@ def figures(experiment: Experiment, sparse: Path, ratio: float, seed: int) -> di
         ratio: Share of the channels to remove.
         seed: Of the fine-tuning.
     """
-    memo = project.home() / "benchmarks" / f"peer-{sha256(sparse)[:12]}-{ratio:g}-{seed}.json"
+    content = [sha256(sparse), ratio, seed, fingerprint(experiment)]
+    identity = json.dumps([*content, experiment.finetune.model_dump(mode="json")])
+    name = f"peer-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.json"
+    memo = project.home() / "benchmarks" / name
     if not memo.exists():
         write_atomic(memo, json.dumps(_figures(experiment, sparse, ratio, seed)).encode())
     found: dict[str, float] = json.loads(memo.read_text(encoding="utf-8"))
@@ -65,12 +71,14 @@ def figures(experiment: Experiment, sparse: Path, ratio: float, seed: int) -> di
 def _figures(experiment: Experiment, sparse: Path, ratio: float, seed: int) -> dict[str, float]:
     train, val = lines_of(experiment)
     model = load_checkpoint(sparse).model
+    channels = sum(widths(model).values())
     before = evaluate(model, val, set())[ACCURACY]
     cut = cut_by_torch_pruning(model, ratio).to(best_device())
     untuned = evaluate(cut, val, set())[ACCURACY]
     run = start(cut, experiment.finetune, seed)
     fit(run, train, experiment.finetune)
     return {
+        "prune/ratio_achieved": 1 - sum(widths(cut).values()) / channels,
         "prune/word_accuracy_before": before,
         "prune/word_accuracy_untuned": untuned,
         ACCURACY: evaluate(cut, val, set())[ACCURACY],

@@ -7,7 +7,7 @@ Takes a params file, the seeds, and section.key=value for what shall differ from
 is a frontier of cached stages with a setting or two changed, so that a comparison that was
 interrupted goes on where it was; only the peer's trainings are the benchmark's own. What needs a
 strength has several tried with the first seed and keeps the one with the best mean accuracy, chosen
-on the val lines: that flatters it.
+on the val lines: that flatters it. One at the edge of those tried may not be the best there is.
 """
 
 import json
@@ -20,9 +20,11 @@ from typing import Any
 from benchmarks.peer import figures
 from flows import cache, project
 from flows.experiment import load_experiment
+from flows.running import SHORT_OF_RATIO
 
 Rows = list[dict[str, Any]]
 TUNED = "val/word_accuracy"
+REQUESTED = "prune/ratio_requested"
 FIGURES = {
     "before the cut": "prune/word_accuracy_before",
     "after the cut": "prune/word_accuracy_untuned",
@@ -97,10 +99,10 @@ def _peer(params: str, seeds: list[int], more: list[str], reference: Rows) -> Ro
         for seed in seeds:
             key = row["stages"].get("sparse") or row["stages"][f"sparse_seed_{seed}"]
             sparse = project.stages_folder() / key / cache.MODEL
-            of_seeds.append(figures(experiment, sparse, row["prune/ratio_requested"], seed))
+            of_seeds.append(figures(experiment, sparse, row[REQUESTED], seed))
         spread = {f"{n}_std": stdev(f[n] for f in of_seeds) for n in of_seeds[0] if len(seeds) > 1}
         means = {n: mean(f[n] for f in of_seeds) for n in of_seeds[0]}
-        rows.append({"point": row["point"], **means, **spread})
+        rows.append({"point": row["point"], REQUESTED: row[REQUESTED], **means, **spread})
     return rows
 
 
@@ -116,7 +118,9 @@ def table(compared: dict[str, Rows], figure: str) -> list[str]:
 
 def _cell(row: dict[str, Any], figure: str) -> str:
     spread = f" ± {100 * row[f'{figure}_std']:.1f}" if f"{figure}_std" in row else ""
-    return f"{100 * row[figure]:.1f}%{spread}"
+    achieved = row["prune/ratio_achieved"]
+    less = f" (cut {achieved:.2f})" if row[REQUESTED] - achieved > SHORT_OF_RATIO else ""
+    return f"{100 * row[figure]:.1f}%{spread}{less}"
 
 
 if __name__ == "__main__":
