@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from crnn.data.sources import open_source
 from crnn.files import sha256
@@ -14,7 +14,6 @@ from flows import project, registry
 from flows.cache import LINES
 from flows.comparison import accuracy
 from flows.experiment import ChampionSettings, Experiment
-from flows.locks import single_flight
 from flows.rows import ACCURACY, Row
 from flows.tracking import Tracker
 
@@ -61,22 +60,6 @@ def crown(
     best = best_of(rows, settings)
     if best is None:
         return Crowned("no champion: no exported point is small and close to the baseline enough")
-    # Of two sweeps that end at once, the second has to see the champion of the first.
-    with single_flight(f"champion-{experiment.name}"):
-        return _compete(experiment, tracker, rows, best, sweep_run, figures_of)
-
-
-def _compete(
-    experiment: Experiment,
-    tracker: Tracker,
-    rows: Sequence[Row],
-    best: Row,
-    sweep_run: str | None,
-    figures_of: Callable[[registry.Champion], Row | None],
-) -> Crowned:
-    """Hold the best point of a sweep against the champion that there is."""
-    settings = experiment.champion
-    assert settings
     reigning = tracker.ask(registry.current, experiment.name) if sweep_run else None
     if reigning and (reason := _stays(reigning, best, rows[0], settings, figures_of)):
         name = f"version {reigning.version} of {experiment.name}"
@@ -160,7 +143,8 @@ def _candidate(
 
 def _first_val_line(experiment: Experiment, usable: Path) -> bytes:
     """An image file, the example of an input: the first line of the data stage's index."""
-    first = int(load_file(usable)["val_indices"][0])
+    with safe_open(usable, "np") as index:
+        first = int(index.get_slice("val_indices")[:1][0])
     buffer = io.BytesIO()
     open_source(experiment.data, "val", experiment.seed).image(first).save(buffer, "png")
     return buffer.getvalue()

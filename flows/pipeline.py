@@ -25,6 +25,7 @@ from flows.champion import crown
 from flows.experiment import LOCAL, ExecutionSettings, Experiment
 from flows.flow_runs import artifact_key, attended
 from flows.forecast import forecast_of
+from flows.locks import single_flight
 from flows.notice import notify
 from flows.page import details_of
 from flows.registry import Champion
@@ -162,7 +163,9 @@ def _sweep(context: Context) -> Frontier:
     rows = _of_all_seeds(measured)
     folder, sweep_run = _publish(context, rows)
     figures_of = partial(_on_these_lines, context, samples)
-    crowned = crown(context.experiment, context.tracker, rows, sweep_run, figures_of)
+    # Of two sweeps that end at once, the second has to see the champion of the first.
+    with single_flight(f"champion-{context.experiment.name}", context.stop.is_set, display.say):
+        crowned = crown(context.experiment, context.tracker, rows, sweep_run, figures_of)
     if crowned.is_new:
         event = {"event": "champion", "experiment": context.experiment.name}
         notify(context.experiment.notify, {**event, "reason": crowned.sentence}, display.say)

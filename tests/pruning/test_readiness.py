@@ -13,7 +13,7 @@ AUTO = SparseSettings(epochs=1)
 PROXIMAL = SparseSettings(epochs=1, method="proximal", strength=1.0)
 
 
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(deadline=None)
 @given(st.floats(0, 0.9))
 def test_a_cut_is_free_up_to_the_free_ratio_and_no_further(share: float) -> None:
     model = random_recogniser(width=0.1)
