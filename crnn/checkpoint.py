@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from crnn.charset import Charset
 from crnn.data.batches import normalise
 from crnn.data.images import HEIGHT
+from crnn.devices import layout_of
 from crnn.errors import CheckpointError, UserError
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser, two_layer_head
@@ -225,10 +226,11 @@ def _run_of(
     model.load_state_dict(_under("model.", tensors))
     run = start(model, settings, int(metadata["seed"]))
     state: dict[int, dict[str, Any]] = {}
+    in_memory = layout_of(model)
     for name, tensor in _under("optimizer.", tensors).items():
         index, _, moment = name.partition(".")
         # In the layout they had: another one sums in another order.
-        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        layout = in_memory if tensor.ndim == 4 else torch.contiguous_format
         state.setdefault(int(index), {})[moment] = tensor.contiguous(memory_format=layout)
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
     run.epoch = int(metadata["epoch"])

@@ -4,6 +4,7 @@ import os
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 
 def best_device() -> torch.device:
@@ -33,6 +34,30 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def layout_of(model: nn.Module) -> torch.memory_format:
+    """The layout to train the network in: channels_last, which is faster.
+
+    Not on a CPU with a strided 1x1 convolution of fewer than 16 inputs, as RepVGG's first is: in
+    that layout oneDNN writes past its buffer where it computes the gradient of the weights, which
+    is then wrong, or the process hangs or dies (uxlfoundation/oneDNN#6035, torch 2.14).
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return (
+        torch.contiguous_format
+        if on_cpu and any(_writes_past_its_buffer(layer) for layer in model.modules())
+        else torch.channels_last
+    )
+
+
+def _writes_past_its_buffer(layer: nn.Module) -> bool:
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and layer.stride != (1, 1)
+        and layer.in_channels // layer.groups < 16
+    )
 
 
 def describe(device: torch.device) -> str:

@@ -18,7 +18,7 @@ from crnn.data.batches import (
     normalise,
     training_batches,
 )
-from crnn.devices import autocast
+from crnn.devices import autocast, layout_of
 from crnn.distributed import in_turn, mean, together, weight
 from crnn.errors import NonFiniteLossError
 from crnn.evaluation import frame_lengths
@@ -161,7 +161,7 @@ def fit(
     Raises:
         NonFiniteLossError: The loss is infinite or nan; names the step and the samples.
     """
-    run.model.to(memory_format=torch.channels_last)
+    run.model.to(memory_format=layout_of(run.model))
     penalty = penalty or Penalty()
     with together(run.model) as run.network:
         while run.epoch < settings.epochs:
@@ -209,14 +209,14 @@ def train_step(
     """Take one optimizer step and return the loss; a loss that is not finite takes none.
 
     Args:
-        run: Changed in place; its network should be in channels_last and in training mode.
+        run: Changed in place; its network should be in its layout and in training mode.
         batch: Lines.
         progress: Share of all steps done, in [0, 1).
         settings: Schedule, precision.
         penalty: Sparsity.
     """
     device = run.model.device
-    images = normalise(batch.images.to(device)).contiguous(memory_format=torch.channels_last)
+    images = normalise(batch.images.to(device)).contiguous(memory_format=layout_of(run.model))
     with autocast(device, settings.precision):
         logits = (run.network or run.model)(images)
     loss = ctc_loss(logits, batch, run.model.stride) * weight(len(batch.names), device)

@@ -19,6 +19,7 @@ from crnn.training import (
     learning_rate_at,
     recalibrate,
     start,
+    train_step,
 )
 from tests.conftest import random_recogniser
 
@@ -77,6 +78,23 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_samples(lines: Lines) 
     settings = TrainSettings(epochs=1, batch_size=8)
     with pytest.raises(NonFiniteLossError, match=r"epoch 1, step 4.*rendered 0/\d+"):
         fit(start(model, settings, 0), lines, settings, Poison())
+
+
+def test_gradients_are_right_where_channels_last_computes_wrong_ones(lines: Lines) -> None:
+    """RepVGG's first 1x1 convolution has a stride and three inputs: see devices.layout_of."""
+    settings = TrainSettings(epochs=1, precision="float32")
+    model = random_recogniser(backbone="repvgg_a0", width=1).train()
+    exact, batch = copy.deepcopy(model), next(iter(evaluation_batches(lines, 16)))
+    ctc_loss(exact(normalise(batch.images).double()), batch, exact.stride).backward()
+    torch.nn.utils.clip_grad_norm_(exact.parameters(), settings.clip_norm)
+    train_step(start(model.float(), settings, 0), batch, 0.0, settings, Penalty())
+    for (name, trained), reference in zip(
+        model.named_parameters(), exact.parameters(), strict=True
+    ):
+        assert trained.grad is not None
+        assert reference.grad is not None
+        error = (trained.grad - reference.grad).norm()
+        assert error <= 0.05 * reference.grad.norm() + 1e-6, name
 
 
 def test_learning_rate_rises_once_and_falls_to_zero() -> None:
