@@ -41,6 +41,7 @@ NOTE = "mlflow.note.content"
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # It logs what it raises.
 
 
 class Tracker:
@@ -115,9 +116,8 @@ class Tracker:
         except Exception as error:
             # MLflow lets errors of SQLAlchemy, of its plugins and of the network through.
             if not self._is_down:
-                reason = str(error).strip().splitlines()[0][:200]
                 self._warn(
-                    f"MLflow cannot be reached ({reason}); what is missing there will be"
+                    f"MLflow cannot be reached ({_reason(error)}); what is missing there will be"
                     " recorded when it is back, or by the next run"
                 )
             self._is_down, self._retry_at = True, time.monotonic() + RETRY_SECONDS
@@ -402,8 +402,9 @@ def deleted_and_registered() -> tuple[set[str], set[str]]:
         versions = client.search_model_versions(max_results=10_000)
         registered = {key for version in versions for key in _stages_behind(client, version)}
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise TrackingError(f"MLflow cannot be reached ({reason}); gc asks it first") from error
+        raise TrackingError(
+            f"MLflow cannot be reached ({_reason(error)}); gc asks it first"
+        ) from error
     # A sweep that was deleted and recorded again has a run of each kind.
     active = {
         r.data.tags["sweep_key"] for r in sweeps if r.info.lifecycle_stage == LifecycleStage.ACTIVE
@@ -439,8 +440,13 @@ def download(uri: str) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(uri))
     except (MlflowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"MLflow gives no artifact at {uri}: {reason}") from error
+        raise CheckpointError(f"MLflow gives no artifact at {uri}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says what happened; SQLAlchemy may put how it came to it before."""
+    lines = (line for line in str(error).splitlines() if not line.startswith("(raised as a result"))
+    return next(filter(str.strip, lines), type(error).__name__)[:200]
 
 
 def _metrics(values: dict[str, float], step: int) -> list[Metric]:

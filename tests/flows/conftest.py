@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -108,6 +108,11 @@ def _empty_database() -> bytes:
         file = Path(folder) / "mlflow.db"
         MlflowClient(f"sqlite:///{file}").search_experiments()
         return file.read_bytes()
+
+
+def from_nothing(**changes: Any) -> Callable[[Path], Project]:
+    """Makes the tiny experiment in a folder without any store."""
+    return partial(new_project, fresh=True, **changes)
 
 
 def copy_of(finished: tuple[Project, Any], folder: Path) -> Project:
@@ -244,15 +249,16 @@ LONG = {
 """Changes that leave time to stop a sparse stage in its midst, which has a loader process."""
 
 
-def computed(folder: pytest.TempPathFactory, name: str, **changes: Any) -> tuple[Project, Any]:
+def computed(
+    folder: pytest.TempPathFactory, name: str, made: Callable[[Path], Project], *arguments: str
+) -> tuple[Project, Any]:
     """A finished project and what it printed; test processes side by side share it."""
     base = folder.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     printed = base / f"{name}.json"
     with FileLock(base / f"{name}.lock"):
         if not printed.exists():
-            project = new_project(base / name, fresh=True, **changes)
-            printed.write_text(json.dumps(project.frontier()))
+            printed.write_text(json.dumps(made(base / name).frontier(*arguments)))
     return Project(base / name), json.loads(printed.read_text())
 
 
@@ -283,7 +289,7 @@ def work_of(
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Project:
     """The long experiment, computed without a stop."""
-    return computed(tmp_path_factory, "long", **LONG)[0]
+    return computed(tmp_path_factory, "long", from_nothing(**LONG))[0]
 
 
 @pytest.fixture(scope="session")
@@ -291,7 +297,7 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory, prefect_server: str
 ) -> tuple[Project, dict[str, Any]]:
     """The tiny frontier, computed, and what it printed. Do not change what others rely on."""
-    return computed(tmp_path_factory, "tiny")
+    return computed(tmp_path_factory, "tiny", from_nothing())
 
 
 READABLE = {
@@ -308,4 +314,4 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, prefect_server: str
 ) -> tuple[Project, dict[str, Any]]:
     """A tiny frontier with its exports, in float and in 8 bits, and a champion."""
-    return computed(tmp_path_factory, "exported", **READABLE)
+    return computed(tmp_path_factory, "exported", from_nothing(**READABLE))

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pruning.cost import parameters
 from pruning.gammas import norms_of
 from pruning.surgery import cut
 from tests.conftest import random_recogniser
-from tests.flows.conftest import TINY, Project, copy_of, points_of, runs_of
+from tests.flows.conftest import TINY, Project, computed, copy_of, points_of, runs_of
 from tests.flows.test_pipeline import start_and_wait_for, weights
 from tests.flows.test_report import row
 
@@ -43,8 +44,7 @@ def with_controls(finished: Finished, folder: Path) -> Project:
 @pytest.fixture(scope="session")
 def controlled(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The tiny frontier with controls, and what it printed."""
-    project = with_controls(finished, tmp_path_factory.mktemp("controlled") / "copy")
-    return project, project.frontier()
+    return computed(tmp_path_factory, "controlled", partial(with_controls, finished))
 
 
 @pytest.mark.parametrize(

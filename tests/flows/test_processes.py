@@ -15,7 +15,14 @@ import torch
 
 from crnn.errors import SettingsError
 from flows import group
-from tests.flows.conftest import Project, computed, free_port, new_project, wait_for_epoch
+from tests.flows.conftest import (
+    Project,
+    computed,
+    free_port,
+    from_nothing,
+    new_project,
+    wait_for_epoch,
+)
 
 FLOAT = {
     "baseline": {"epochs": 3, "batch_size": 15, "precision": "float32"},
@@ -55,8 +62,9 @@ def assert_trained_alike(found: History, expected: History) -> None:
 @pytest.fixture(scope="session")
 def both(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> tuple[Project, Project]:
     """The same experiment on one process and on two."""
-    alone = computed(tmp_path_factory, "alone", **FLOAT)
-    return alone[0], computed(tmp_path_factory, "together", **TOGETHER)[0]
+    alone = computed(tmp_path_factory, "alone", from_nothing(**FLOAT))
+    together = computed(tmp_path_factory, "together", from_nothing(**TOGETHER))
+    return alone[0], together[0]
 
 
 def test_two_processes_train_as_one_does(both: tuple[Project, Project]) -> None:

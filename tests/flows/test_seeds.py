@@ -1,5 +1,6 @@
 """Several seeds: the whole chain once for each, on the same data, and a mean."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from crnn.metrics import wilson_interval
 from flows.report import table_cells
 from flows.rows import interval_of_seeds, mean_of_seeds
-from tests.flows.conftest import Project, copy_of, points_of, runs_of
+from tests.flows.conftest import Project, computed, copy_of, points_of, runs_of
 from tests.flows.test_report import row
 
 Finished = tuple[Project, dict[str, Any]]
@@ -59,8 +60,7 @@ BOTH = ["--ratios", "0.6", "--set", "prune.targets.params=40000", "--set", "seed
 @pytest.fixture(scope="session")
 def seeded(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The tiny frontier, gone on with to a second seed, and what that printed."""
-    project = copy_of(finished, tmp_path_factory.mktemp("seeded") / "copy")
-    return project, project.frontier(*BOTH)
+    return computed(tmp_path_factory, "seeded", partial(copy_of, finished), *BOTH)
 
 
 def test_one_seed_in_a_list_has_the_keys_and_rows_of_that_seed_alone(finished: Finished) -> None:

@@ -121,6 +121,16 @@ def test_a_store_that_cannot_be_reached_costs_nothing_and_is_filled_later(
     assert [m.step for m in history] == [1]
 
 
+def test_a_store_that_cannot_be_written_is_one_sentence(finished: Finished, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    read_only = f"sqlite:///file:{project.database}?mode=ro&uri=true"
+    project.environment = {"MLFLOW_TRACKING_URI": read_only}
+    run = project.run("frontier", str(project.params), "--ratios", "0.3")
+    reason = "MLflow cannot be reached ((sqlite3.OperationalError) attempt to write a readonly"
+    assert run.stderr.count(reason) == 1
+    assert "Traceback" not in run.stderr
+
+
 def without_store(finished: Finished, folder: Path) -> tuple[Project, Path]:
     """The finished project of which MLflow knows nothing, and where its store will be."""
     project = copy_of(finished, folder)
