@@ -53,21 +53,21 @@ def main() -> None:
         server = servers.enter_context(serve_mlflow(folder, port))
         training = _train(folder, port)
         try:
-            history = _history(folder)
+            history = _history(folder, training)
             time.sleep(SETTLE)
             present, away = [_phase(history, training.pid)], []
             for number in range(2 * ROUNDS):
-                fate = (signal.SIGKILL, signal.SIGSTOP)[number % 2]
-                os.killpg(server.pid, fate)
+                sent = (signal.SIGKILL, signal.SIGSTOP)[number % 2]
+                os.killpg(server.pid, sent)
                 away.append(_phase(history, training.pid))
-                if fate == signal.SIGKILL:
+                if sent == signal.SIGKILL:
                     servers.close()
                     server = servers.enter_context(serve_mlflow(folder, port))
                 else:
                     os.killpg(server.pid, signal.SIGCONT)
                 time.sleep(SETTLE)
                 present.append(_phase(history, training.pid))
-                print(fate.name, away[-1], present[-2:], file=sys.stderr, flush=True)
+                print(sent.name, away[-1], present[-2:], file=sys.stderr, flush=True)
         finally:
             training.terminate()
             training.wait()
@@ -88,9 +88,10 @@ def _train(folder: Path, port: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
 
 
-def _history(folder: Path) -> Path:
+def _history(folder: Path, training: subprocess.Popen[bytes]) -> Path:
     """The file that is written anew after each epoch, as soon as it is there."""
     while not (found := list((folder / "state").glob("*/baseline-*/out/history.jsonl"))):
+        assert training.poll() is None, "the training ended before its first epoch"
         time.sleep(0.1)
     return found[0]
 

@@ -31,7 +31,7 @@ from crnn.charset import Charset
 from crnn.data.batches import Lines, training_batches
 from crnn.data.check import check_splits
 from crnn.data.render import render_line
-from crnn.data.sources import open_source
+from crnn.data.sources import Lmdb, open_source
 from crnn.networks.vgg import STRIDE
 from crnn.settings import DataSettings, TextSettings, TrainSettings
 
@@ -75,7 +75,7 @@ def main() -> None:
             f"{found['epoch_mb']:.0f} MB",
         ]
         print("|", " | ".join(cells), "|", flush=True)
-    one, two = _trained(1, ["taskset", "--cpu-list", "0"]), _trained(2, [])
+    one, two = _trained(1, "0"), _trained(2, "0,1")
     print(f"\none process on one core: {one:.1f} lines/s; two on two: {two:.1f}; {two / one:.2f}")
 
 
@@ -92,17 +92,17 @@ def _build(folder: Path, size: int) -> None:
     lines = []
     for number in range(DIFFERENT):
         image, label = render_line(0, number, TEXT)
-        file = io.BytesIO()
-        image.save(file, "png")
-        lines.append((file.getvalue(), label.encode()))
+        encoded = io.BytesIO()
+        image.save(encoded, "png")
+        lines.append((encoded.getvalue(), label.encode()))
     folder.mkdir()
     with lmdb.open(str(folder), map_size=1 << 40, sync=False) as environment:
         for first in range(0, size, 100_000):
             with environment.begin(write=True) as transaction:
                 for number in range(first, min(size, first + 100_000)):
-                    image, label = lines[number % DIFFERENT]
-                    transaction.put(f"image-{number + 1:09d}".encode(), image)
-                    transaction.put(f"label-{number + 1:09d}".encode(), label)
+                    file, text = lines[number % DIFFERENT]
+                    transaction.put(f"image-{number + 1:09d}".encode(), file)
+                    transaction.put(f"label-{number + 1:09d}".encode(), text)
                 transaction.put(b"num-samples", str(size).encode())
 
 
@@ -111,10 +111,10 @@ def _look(folder: Path) -> dict[str, float]:
     data = _settings(folder)
     with _most_memory() as most:
         begun = time.perf_counter()
-        open_source(data, "train", 0).digest()
+        _lines(data).digest()
         train = check_splits(data, 0, None, STRIDE).splits["train"]
         looked = time.perf_counter()
-    open_source(data, "train", 0).stamp()
+    _lines(data).stamp()
     seen = time.perf_counter()
     save_file({"indices": train.indices, "widths": train.widths}, folder / INDEX)
     size = float((folder / "lines" / "data.mdb").stat().st_size)
@@ -135,6 +135,12 @@ def _epoch(folder: Path) -> dict[str, float]:
         read = sum(len(batch.labels) for batch in islice(batches, BATCHES))
         end = time.perf_counter()
     return {"begins": first - begun, "speed": read / (end - first), "epoch_mb": most[0]}
+
+
+def _lines(data: DataSettings) -> Lmdb:
+    source = open_source(data, "train", 0)
+    assert isinstance(source, Lmdb)
+    return source
 
 
 def _settings(folder: Path) -> DataSettings:
@@ -163,10 +169,11 @@ def _anonymous() -> float:
     return 1024 * float(status.split("RssAnon:")[1].split()[0])
 
 
-def _trained(processes: int, prefix: list[str]) -> float:
-    """Lines a second of the last epoch of a baseline."""
+def _trained(processes: int, cores: str) -> float:
+    """Lines a second of the last epoch of a baseline on these cores."""
     with tempfile.TemporaryDirectory() as home:
-        command = [*prefix, sys.executable, "-m", "flows.cli", "frontier", "params/quickstart.yaml"]
+        command = ["taskset", "--cpu-list", cores, sys.executable]
+        command += ["-m", "flows.cli", "frontier", "params/quickstart.yaml"]
         for setting, value in {**TRAINED, "execution.processes": processes}.items():
             command += ["--set", f"{setting}={value}"]
         environment = {**os.environ, "CRNN_SLIM_HOME": home}

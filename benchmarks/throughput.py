@@ -83,7 +83,7 @@ def plain_step(model: Recogniser, optimizer: torch.optim.Optimizer, batch: Batch
     targets = batch.targets.to(device)
     loss = F.ctc_loss(logits.log_softmax(2), targets, frames, batch.target_lengths)
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
     loss.item()

@@ -25,7 +25,7 @@ from mlflow.tracking import MlflowClient
 
 from flows.stages.work import Work
 
-TINY = {
+TINY: dict[str, Any] = {
     "name": "tiny",
     "ratios": [0.3, 0.6],
     "data": {
@@ -128,6 +128,7 @@ def client_of(project: Project) -> MlflowClient:
 def runs_of(project: Project, kind: str, experiment_name: str = "tiny") -> dict[str, Run]:
     client = client_of(project)
     experiment = client.get_experiment_by_name(experiment_name)
+    assert experiment is not None
     found = client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
     # Networks are timed anew, all together, when one is added.
     once = [run.info.run_name for run in found if run.info.run_name != "latency"]
@@ -300,7 +301,7 @@ def finished(
     return computed(tmp_path_factory, "tiny", from_nothing())
 
 
-READABLE = {
+READABLE: dict[str, Any] = {
     "data": {**TINY["data"], "text": {"alphabet": "0", "min_length": 1, "max_length": 1}},
     "baseline": {"epochs": 12, "batch_size": 4, "learning_rate": 1e-2},
     "export": {},
