@@ -83,8 +83,8 @@ def _stays(
     figures_of: Callable[[registry.Champion], Row | None],
 ) -> str | None:
     """Why the champion stays what it is; None where the best point takes its place."""
-    if not reigning.figures:
-        return "somebody gave it the alias by hand, and it has no figures to compare with"
+    if reigning.by_hand:
+        return "somebody gave it the alias by hand"
     figures = figures_of(reigning)
     if figures is None:
         return "it was measured on other lines, and its file is not here to read these"

@@ -337,13 +337,14 @@ def open_sources(experiment: Experiment) -> list[Dataset | Shards]:
         DataError: A place without data, or a charset that cannot be used.
         CheckpointError: No checkpoint where the settings name one.
     """
+    sources = [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
     given_charset(experiment.data)
     for model in (experiment.model, *([experiment.teacher.model] if experiment.teacher else [])):
         if model.backbone != VGG13:
             _refuse_backbone(model)
     for path in _checkpoints(experiment):
         _digest_of_file(Path(path))
-    return [open_source(experiment.data, s, experiment.seed) for s in ("train", "val")]
+    return sources
 
 
 def _refuse_backbone(settings: ModelSettings) -> None:

@@ -16,6 +16,9 @@ from crnn.files import sha256
 from flows.rows import ACCURACY, Row
 
 ALIAS = "champion"
+PROMOTED = "champion_by_pipeline"
+"""Tag of a registered model: the versions, one but for a moment, that were given the alias here."""
+
 MODEL = "model"
 """Folder of a point's MLflow run that holds the served model."""
 
@@ -36,8 +39,9 @@ class Champion:
         digest: SHA-256 of its ONNX file.
         key: Of the stage that made the file.
         data: Key of the data stage whose val lines it was measured on.
-        figures: Accuracy and costs, named as in a row; none where somebody gave the alias by hand
-            to a model of another origin.
+        figures: Accuracy and costs, named as in a row.
+        by_hand: Whether somebody gave it the alias, be it to a model of another origin, which has
+            no figures.
     """
 
     version: str
@@ -45,19 +49,24 @@ class Champion:
     key: str
     data: str
     figures: Row
+    by_hand: bool
 
 
 def current(name: str) -> Champion | None:
     """The champion of a registered model; None where there is none."""
+    client = MlflowClient()
     try:
-        found = MlflowClient().get_model_version_by_alias(name, ALIAS)
+        found = client.get_model_version_by_alias(name, ALIAS)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    tags = found.tags
+    number, tags = str(found.version), found.tags
     digest, key, data = (tags.get(name, "") for name in ("sha256", "key", "data_key"))
-    return Champion(found.version, digest, key, data, json.loads(tags.get("figures", "{}")))
+    figures = json.loads(tags.get("figures", "{}"))
+    promoted = client.get_registered_model(name).tags.get(PROMOTED, number).split(",")
+    by_hand = not figures or number not in promoted
+    return Champion(number, digest, key, data, figures, by_hand)
 
 
 @dataclass(frozen=True)
@@ -107,8 +116,16 @@ def promote(candidate: Candidate) -> str:
         source, run = f"runs:/{candidate.run_id}/{MODEL}", candidate.run_id
         made = client.create_model_version(name, source, run, tags=tags, description=candidate.card)
         same = [made]
-    client.set_registered_model_alias(name, ALIAS, same[0].version)
+    _give_alias(client, name, str(same[0].version))
     return str(same[0].version)
+
+
+def _give_alias(client: MlflowClient, name: str, version: str) -> None:
+    """Remember that it was given here; whoever is killed in between leaves both versions named."""
+    before = client.get_registered_model(name).aliases.get(ALIAS, version)
+    client.set_registered_model_tag(name, PROMOTED, f"{before},{version}")
+    client.set_registered_model_alias(name, ALIAS, version)
+    client.set_registered_model_tag(name, PROMOTED, version)
 
 
 def _is(found: Any, digest: str, row: Row) -> bool:

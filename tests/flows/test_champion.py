@@ -22,6 +22,7 @@ from crnn.data.render import render_line
 from crnn.data.sources import open_source
 from flows.champion import _first_val_line, beats, best_of
 from flows.experiment import ChampionSettings, load_experiment
+from flows.registry import PROMOTED
 from flows.stages.export import judge
 from tests.conftest import DIGITS
 from tests.flows.conftest import (
@@ -155,7 +156,24 @@ def test_an_alias_that_was_given_by_hand_is_left_alone(exported: Exported, tmp_p
     own = client.create_model_version("tiny", "runs:/own", run_id=run)
     client.set_registered_model_alias("tiny", "champion", own.version)
     said = project.frontier()["champion"]
-    assert said.startswith("version 2 of tiny stays champion: somebody gave it the alias by hand")
+    assert said == "version 2 of tiny stays champion: somebody gave it the alias by hand"
+
+
+def test_an_alias_that_was_taken_back_by_hand_stays(exported: Exported, tmp_path: Path) -> None:
+    project = copy_of(exported, tmp_path / "copy")
+    client = client_of(project)
+    before = client.get_model_version_by_alias("tiny", "champion")
+    # What this program registered, worse than what it has since found.
+    figures = json.loads(before.tags["figures"]) | {"cost/onnx_bytes": 1e9}
+    tags = {**before.tags, "sha256": "other", "figures": json.dumps(figures)}
+    worse = client.create_model_version("tiny", "runs:/own", run_id=before.run_id, tags=tags)
+    client.set_registered_model_alias("tiny", "champion", worse.version)
+    said = project.frontier()["champion"]
+    assert said == "version 2 of tiny stays champion: somebody gave it the alias by hand"
+    client.set_registered_model_tag("tiny", PROMOTED, worse.version)
+    said = project.frontier()["champion"]
+    assert said.startswith("version 1 of tiny is champion")
+    assert client.get_registered_model("tiny").tags[PROMOTED] == "1"
 
 
 def request(address: str, content: Any) -> tuple[int, Any]:

@@ -45,7 +45,13 @@ def test_help_is_fast() -> None:
         (["--set", "execution.nodes=2"], "nodes, more than one, and rendezvous"),
         (["--set", "execution.rendezvous=a..b:99999"], "rendezvous is host:port, such as"),
         (["--set", "data.text.min_length=9"], "min_length is at most max_length"),
-        (["--set", "data.root=/nowhere", "--set", "data.train=a.txt"], "data.root /nowhere is no"),
+        (
+            [
+                *("--set", "data.root=/nowhere", "--set", "data.train=a.txt"),
+                *("--set", "data.charset=charset.txt"),
+            ],
+            "data.root /nowhere is no",
+        ),
     ],
 )
 def test_each_mistake_is_one_sentence_and_code_2(
