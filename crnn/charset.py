@@ -31,7 +31,7 @@ class Charset:
         Only line ends are stripped: a space is a character like any other.
         """
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except OSError as error:
             raise DataError(f"cannot read charset file {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:

@@ -1,11 +1,13 @@
 """A checkpoint of this program from the state dict of a VGG13 CRNN trained elsewhere."""
 
 import re
+import struct
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +20,10 @@ from crnn.settings import ModelSettings
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts keep the state dict beside other things."""
 
-UNREADABLE = (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError)
+UNREADABLE = (
+    *(SafetensorError, UnpicklingError, struct.error, RuntimeError, EOFError),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
 """What a file that is no state dict leads its reader to raise."""
 
 RULES = (
@@ -65,8 +70,9 @@ def convert(path: Path, charset: Charset, max_width: int) -> Checkpoint:
     try:
         settings = ModelSettings(hidden=recurrent.shape[1])
         model = recogniser_of(settings, charset.classes, tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is no VGG13 CRNN: {error}") from error
+    except (CheckpointError, ValidationError) as error:
+        reason = str(error) if isinstance(error, CheckpointError) else error.errors()[0]["msg"]
+        raise CheckpointError(f"{path} is no VGG13 CRNN: {reason}") from error
     return Checkpoint(model, charset, max_width, "converted")
 
 
@@ -90,6 +96,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()
+    ):
         raise CheckpointError(f"{path} is no plain state dict: names with tensors are needed")
     return content

@@ -93,7 +93,7 @@ def _beam(decoding: Decoding, charset: Charset) -> BeamSearch | None:
 def _texts(path: Path) -> list[str]:
     """Lines of a file; of a label file the labels."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -79,7 +79,7 @@ def _boxes(folder: Path, name: str) -> Iterator[tuple[Box, str]]:
     found = [p for s in ("csv", "txt") if (p := folder / "box" / f"{name}.{s}").exists()]
     if not found:
         raise DataError(f"no box/{name}.csv or .txt in {folder}")
-    for line in found[0].read_text(encoding="utf-8-sig", errors="replace").splitlines():
+    for line in found[0].read_text(encoding="utf-8-sig", errors="replace").split("\n"):
         if not line.strip():
             continue
         try:

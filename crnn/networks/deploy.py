@@ -2,6 +2,8 @@
 
 import copy
 
+from torch import nn
+
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import VGG13
 
@@ -20,5 +22,9 @@ def deployed(model: Recogniser) -> Recogniser | None:
     from timm.models import reparameterize_model
 
     folded = copy.deepcopy(model).eval()
+    for block in folded.cnn.modules():
+        convolutions = getattr(block, "conv_kxk", None)
+        if isinstance(convolutions, nn.ModuleList) and len(convolutions):
+            block.groups = convolutions[0].conv.groups  # MobileOne's knows the uncut number alone.
     folded.cnn = reparameterize_model(folded.cnn, inplace=True)
     return None if folded.state_dict().keys() == model.state_dict().keys() else folded

@@ -19,6 +19,13 @@ def test_both_layouts_of_a_charset_file_keep_the_space(tmp_path: Path, content: 
     assert Charset.load(path).characters == "ab "
 
 
+@pytest.mark.parametrize("content", ["a\u2028b\x85\x0c", "a\n\u2028\nb\n\x85\n\x0c\n"])
+def test_only_the_end_of_a_line_ends_a_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "charset.txt"
+    path.write_text(content, encoding="utf-8")
+    assert Charset.load(path).characters == "a\u2028b\x85\x0c"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

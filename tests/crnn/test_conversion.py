@@ -95,7 +95,23 @@ def test_what_does_not_fit_is_listed(elsewhere: Elsewhere, tmp_path: Path) -> No
         convert(path, Charset("abc"), 320)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", pickle.dumps(random_recogniser)])
+def test_an_lstm_that_no_recogniser_may_have_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "wide.pth"
+    torch.save({"lstm.weight_hh_l0": torch.zeros(4 * 2048, 2048)}, path)
+    with pytest.raises(CheckpointError, match=r"less than or equal to 1024$"):
+        convert(path, CHARSET, 320)
+
+
+def test_a_dict_without_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "numbered.pth"
+    torch.save({0: torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match="names with tensors are needed"):
+        convert(path, CHARSET, 320)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b".", b"PK\x03\x04 torn", pickle.dumps(random_recogniser)]
+)
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pth"
     path.write_bytes(content)

@@ -126,8 +126,9 @@ def test_a_cut_network_is_saved_and_loaded_to_the_same_bits(
     assert widths(loaded) == widths(compact)
 
 
-def test_the_deployed_form_of_a_cut_agrees_and_is_smaller(images: Tensor) -> None:
-    model = random_network("repvgg_a0")
+@pytest.mark.parametrize("backbone", ["repvgg_a0", "mobileone_s0"])
+def test_the_deployed_form_of_a_cut_agrees_and_is_smaller(images: Tensor, backbone: str) -> None:
+    model = random_network(backbone)
     compact = cut(model, keep_masks(absolute_gammas(model), 0.5, PruneSettings()))
     shipped = deployed(compact)
     assert shipped is not None
@@ -135,6 +136,9 @@ def test_the_deployed_form_of_a_cut_agrees_and_is_smaller(images: Tensor) -> Non
     with torch.inference_mode():
         assert (shipped(images) - compact(images)).abs().max() < 1e-9
     assert macs(shipped) < macs(compact)
+
+
+def test_a_network_without_branches_for_training_ships_as_it_is() -> None:
     assert deployed(random_network("vgg13")) is None
     assert deployed(random_network("mobilenetv3_small_100")) is None
 
