@@ -1,6 +1,7 @@
 """The form of a network that ships: branches that only training needs, folded away."""
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -25,6 +26,7 @@ def deployed(model: Recogniser) -> Recogniser | None:
     for block in folded.cnn.modules():
         convolutions = getattr(block, "conv_kxk", None)
         if isinstance(convolutions, nn.ModuleList) and len(convolutions):
-            block.groups = convolutions[0].conv.groups  # MobileOne's knows the uncut number alone.
+            first: Any = convolutions[0]
+            block.groups = first.conv.groups  # MobileOne's knows the uncut number alone.
     folded.cnn = reparameterize_model(folded.cnn, inplace=True)
     return None if folded.state_dict().keys() == model.state_dict().keys() else folded
