@@ -6,8 +6,8 @@ its alignments are added, where greedy decoding takes the most probable alignmen
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,12 @@ NEVER = -math.inf
 
 END = -1
 """Stands for the end of a text in an n-gram and in a lexicon."""
+
+SMALLEST = 1e-45
+"""Stands for a probability that float32 rounds to zero: a lexicon may leave no other way."""
+
+WIDEST = 1000
+"""Texts that are followed where none of a lexicon's was among fewer."""
 
 
 class NGram:
@@ -73,9 +79,9 @@ class Lexicon:
     def __len__(self) -> int:
         return sum(END in following for following in self._next.values())
 
-    def allows(self, text: tuple[int, ...], symbol: int) -> bool:
-        """Whether some text begins with these classes, or END, in that order."""
-        return symbol in self._next.get(text, ())
+    def following(self, text: tuple[int, ...]) -> Set[int]:
+        """The classes, or END, that come next in texts that begin with these."""
+        return self._next.get(text, frozenset())
 
 
 class Spelled(NamedTuple):
@@ -119,7 +125,8 @@ class BeamSearch:
         language: Says how likely a text is; None: nothing does.
         weight: Of the log probability of the language.
         bonus: Added for each character, in nats: a language makes long texts improbable.
-        cutoff: Classes of a frame below this probability are not looked at.
+        cutoff: Classes of a frame below this probability are not looked at; with a lexicon those
+            that may follow are, however improbable.
     """
 
     width: int = 10
@@ -132,16 +139,16 @@ class BeamSearch:
     def read(self, probabilities: np.ndarray) -> Spelled:
         """The best text for a line's own frames, probabilities (T, K).
 
-        With a lexicon, none of whose texts is among those followed to the end, nothing is read.
+        Where no text of a lexicon is among those followed to the end, more are followed; where
+        there still is none, as none fits into the frames, nothing is read.
         """
         beam: dict[tuple[int, ...], _Prefix] = {(): _Prefix(blank=0.0)}
-        with np.errstate(divide="ignore"):
-            logs = np.log(probabilities.astype(np.float64))
-        for frame in logs:
+        for frame in np.log(np.maximum(probabilities.astype(np.float64), SMALLEST)):
             beam = self._step(beam, frame)
         ended = [text for text in beam if self._allows(text, END)]
         if not ended:
-            return Spelled((), 0.0, [])
+            wider = replace(self, width=WIDEST)
+            return wider.read(probabilities) if self.width < WIDEST else Spelled((), 0.0, [])
         best = max(ended, key=lambda text: self._score(text, beam[text], ended=True))
         found = beam[best]
         return Spelled(best, min(1.0, math.exp(found.both)), found.characters)
@@ -149,11 +156,10 @@ class BeamSearch:
     def _step(
         self, beam: dict[tuple[int, ...], _Prefix], frame: np.ndarray
     ) -> dict[tuple[int, ...], _Prefix]:
-        likely = np.flatnonzero(frame >= math.log(self.cutoff))
-        candidates = likely.tolist() or [int(frame.argmax())]
+        likely = np.flatnonzero(frame >= math.log(self.cutoff)).tolist() or [int(frame.argmax())]
         grown: dict[tuple[int, ...], _Prefix] = defaultdict(_Prefix)
         for text, prefix in beam.items():
-            for symbol in candidates:
+            for symbol in self._candidates(text, likely):
                 self._extend(grown, text, prefix, symbol, float(frame[symbol]))
         kept = sorted(grown, key=lambda text: -self._score(text, grown[text]))[: self.width]
         return {text: grown[text] for text in kept}
@@ -186,8 +192,14 @@ class BeamSearch:
         longer = _arrive(grown[*text, symbol], [*prefix.characters, math.exp(log)], spoken)
         longer.other = _add(longer.other, before + log)
 
+    def _candidates(self, text: tuple[int, ...], likely: Sequence[int]) -> Iterable[int]:
+        """Classes to go on with: the likely ones, or all that a lexicon lets stand here."""
+        if self.lexicon is None:
+            return likely
+        return {BLANK, *text[-1:], *self.lexicon.following(text)} - {END}
+
     def _allows(self, text: tuple[int, ...], symbol: int) -> bool:
-        return self.lexicon is None or self.lexicon.allows(text, symbol)
+        return self.lexicon is None or symbol in self.lexicon.following(text)
 
     def _score(self, text: tuple[int, ...], prefix: _Prefix, ended: bool = False) -> float:
         if not self.language:

@@ -20,13 +20,22 @@ LARGEST_WEIGHT, LARGEST_INPUT = 64, 255
 SMALLEST_SCALE = 1e-8
 
 
-def round_weight(weight: Tensor) -> Tensor:
+def round_filters(weight: Tensor) -> Tensor:
     """A weight (C, ...) on a symmetric grid of 7 bits, with a scale for each of the C outputs."""
     largest = weight.detach().abs().flatten(1).amax(1)
     scale = (largest / LARGEST_WEIGHT).clamp(min=SMALLEST_SCALE)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(
         weight, scale, zero, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT
+    )
+
+
+def round_head(weight: Tensor) -> Tensor:
+    """A weight on a symmetric grid of 7 bits, with one scale, as the file has for its head."""
+    scale = (weight.detach().abs().amax() / LARGEST_WEIGHT).clamp(min=SMALLEST_SCALE)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_tensor_affine(
+        weight, scale, zero, -LARGEST_WEIGHT, LARGEST_WEIGHT
     )
 
 
@@ -47,14 +56,14 @@ def round_input(given: Tensor, training: bool) -> Tensor:
 
 class _RoundedConv2d(nn.Conv2d):
     def forward(self, given: Tensor) -> Tensor:
-        weight = round_weight(self.weight)
+        weight = round_filters(self.weight)
         output: Tensor = self._conv_forward(round_input(given, self.training), weight, self.bias)
         return output
 
 
 class _RoundedLinear(nn.Linear):
     def forward(self, given: Tensor) -> Tensor:
-        return F.linear(round_input(given, self.training), round_weight(self.weight), self.bias)
+        return F.linear(round_input(given, self.training), round_head(self.weight), self.bias)
 
 
 ROUNDED: dict[type[nn.Module], type[nn.Module]] = {

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crnn.checkpoint import recogniser_of
@@ -33,12 +34,11 @@ def cut(
         model: The uncut network; left as it is.
         masks: One boolean (C_i,) mask for each group in forward order; True keeps.
         means: Mean of every channel where a layer reads it, as mean_inputs gives them. What the
-            removed ones add is folded into the running mean of the BatchNorm behind that layer,
-            into its bias, or into the input biases of the LSTM. None drops it.
+            removed ones add on the mean is folded into the running mean of the BatchNorm behind
+            that layer, into its bias, or into the input biases of the LSTM. None drops it.
 
     Returns:
-        A new network. With removed activations constant it computes the same function up to the
-        zero-padded border; with them zero, exactly the same.
+        A new network. With removed activations zero it computes exactly the same function.
     """
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     groups = groups_of(model)
@@ -147,13 +147,12 @@ def _fold(
     means: dict[str, Tensor],
     behind: dict[str, str],
 ) -> None:
-    """Add what removed channels contribute, taken as constant, to what stands behind them."""
+    """Add what removed channels contribute on the mean to what stands behind them."""
     for (tensor, axis), channels in group.axes.items():
         if axis != 1:
             continue
         layer, removed = tensor.rpartition(".")[0], ~mask[channels]
-        weight = tensors[tensor][:, removed]
-        added = (weight.sum((2, 3)) if weight.ndim == 4 else weight) @ means[layer][removed]
+        added = tensors[tensor][:, removed].flatten(1) @ means[layer][removed].flatten()
         if layer == LSTM:
             tensors[LSTM_BIASES[LSTM_INPUTS.index(tensor)]] += added
         elif layer in behind:
@@ -195,29 +194,40 @@ def _norms_behind(model: Recogniser) -> dict[str, str]:
 
 @torch.inference_mode()
 def mean_inputs(model: Recogniser, images: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Mean of every channel where a convolution or the LSTM reads it, pools included.
+    """Mean of every channel where a convolution or the LSTM reads it.
+
+    A convolution's is for each tap of its kernel, over its outputs: with 32 rows reduced to one,
+    much of what a tap reads is padding.
 
     Args:
         model: Evaluated with its running statistics.
         images: Batches (N, 3, 32, W), normalised.
 
     Returns:
-        By the name of the layer, (channels it reads,), over lines and positions.
+        By the name of the layer, (channels it reads, kernel height, kernel width), and
+        (channels,) for the LSTM, over lines and positions.
     """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, activation: Tensor) -> None:
-        summed = activation.double().sum((0, 2, 3))
+    def add(name: str, summed: Tensor, output: Tensor) -> None:
         totals[name] = totals.get(name, torch.zeros_like(summed)) + summed
-        counts[name] = counts.get(name, 0) + activation.numel() // activation.shape[1]
+        counts[name] = counts.get(name, 0) + output.numel() // output.shape[1]
 
     hooks = [
-        layer.register_forward_pre_hook(lambda _, given, n=name: add(n, given[0]))
+        layer.register_forward_hook(
+            lambda layer, given, output, n=name: add(
+                n, _sums_by_tap(layer, given[0], output), output
+            )
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d)
     ]
-    hooks.append(model.cnn.register_forward_hook(lambda _, __, output: add(LSTM, output)))
+    hooks.append(
+        model.cnn.register_forward_hook(
+            lambda _, __, output: add(LSTM, output.double().sum((0, 2, 3)), output)
+        )
+    )
     try:
         model.eval()
         for batch in images:
@@ -226,3 +236,28 @@ def mean_inputs(model: Recogniser, images: Iterable[Tensor]) -> dict[str, Tensor
         for hook in hooks:
             hook.remove()
     return {name: (total / counts[name]).to(model.dtype) for name, total in totals.items()}
+
+
+def _sums_by_tap(layer: nn.Conv2d, given: Tensor, output: Tensor) -> Tensor:
+    """Sum of what each tap of a kernel reads, padding included, (C, kh, kw), float64.
+
+    Args:
+        layer: The convolution.
+        given: Its input (N, C, H, W).
+        output: Its output (N, C', H', W').
+    """
+    sides, taps = [], []
+    for axis in (1, 0):  # Padding is told from the last axis on.
+        size, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        span = stride * (output.shape[2 + axis] - 1) + 1
+        missing = span + dilation * (size - 1) - given.shape[2 + axis]
+        # timm's layers of padding "same" have none of their own: they lay out their input first.
+        own = 0 if isinstance(layer.padding, str) else int(layer.padding[axis])
+        before = own or max(missing, 0) // 2
+        sides += [before, missing - before]
+        taps.append(
+            [slice(start, start + span, stride) for start in range(0, size * dilation, dilation)]
+        )
+    padded = F.pad(given.double(), sides)
+    sums = [padded[..., row, column].sum((0, 2, 3)) for row in taps[1] for column in taps[0]]
+    return torch.stack(sums, 1).view(-1, *layer.kernel_size)

@@ -17,9 +17,12 @@ BUCKET = 16
 PADDING = 128
 """Grey level of padding; it becomes zero, give or take 1/255, when normalised."""
 
-VERSION = 2
+VERSION = 3
 """Raise it when a change of this file gives other pixels: what was trained on the old ones is other
 data."""
+
+WHITES = tuple((1 << bits) - 1 for bits in (8, 10, 12, 14, 16))
+"""Levels of white of the cameras and scanners whose grey has more than 8 bits."""
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; a line is far smaller, a decompression bomb is larger."""
@@ -28,11 +31,12 @@ MAX_PIXELS = 64_000_000
 def decode(data: bytes) -> Image.Image:
     """Decode an image file of any common format and mode to RGB, first frame, upright.
 
-    Transparency is laid on white. Grey of more than 8 bits is scaled to them; of numbers in float,
-    or of 32 bits, the largest tells whether white is 1, 255 or 65,535.
+    Transparency is laid on white. Grey of more than 8 bits is scaled to them: the brightest level
+    tells whether white is that of 8, 10, 12, 14 or 16 bits or, among floats, 1.
 
     Raises:
-        DataError: The bytes are no image, a damaged one, an empty one or a huge one.
+        DataError: The bytes are no image, a damaged one, an empty one or a huge one, or a level is
+            not a finite number.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -61,10 +65,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> np.ndarray:
     """Grey levels (H, W), uint8, of an image of 16 or 32 bits or of floats."""
     grey = np.asarray(image, dtype=np.float64)
-    if image.mode == "F" and grey.max() <= 1:
+    if not np.isfinite(grey).all():
+        raise DataError("image with levels that are not finite numbers")
+    brightest = grey.max()
+    if image.mode == "F" and brightest <= 1:
         grey = grey * 255
-    elif image.mode.startswith("I;") or grey.max() > 255:
-        grey = grey / 256
+    else:
+        white = next((white for white in WHITES if brightest <= white), WHITES[-1])
+        grey = grey * (256 / (white + 1))
     levels: np.ndarray = grey.clip(0, 255).astype(np.uint8)
     return levels
 

@@ -1,7 +1,7 @@
 """The export stage: files for other runtimes, and proof that they read as the network does."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,12 @@ def _write_program(work: Work, checkpoint: Checkpoint, settings: ExportSettings)
 def judge(work: Work) -> Outcome:
     """Read the val lines with an export that may have been made of other data.
 
-    A character that is not among its own is one that it reads wrongly.
+    A character that is not among its own is one that it reads wrongly. Lines are squeezed to its
+    own widest, as they are where it serves.
     """
     exported = load_exported(work.input("export"))
-    batches = evaluation_batches(work.lines("val"))
-    scores = score(read_exported(exported, batches), work.unseen())
+    lines = replace(work.lines("val"), max_width=exported.max_width)
+    scores = score(read_exported(exported, evaluation_batches(lines)), work.unseen())
     work.write_json("scores.json", scores)
     return "scores.json", scores
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -34,8 +35,9 @@ def int8(work: Work) -> Outcome:
     exact = load_exported(path)
     plain = evaluation_batches(train_lines.sample(settings.calibration_lines))
     calibration = [pixels_of(batch) for batch in plain]
-    sample = train_lines.sample(settings.judged_lines)
-    judged = list(training_batches(sample, settings, work.settings["seed"], 0))
+    # Without loader processes: each batch that is kept would keep their files open.
+    sample = replace(train_lines.sample(settings.judged_lines), workers=0)
+    judged = list(training_batches(sample, settings, work.seed, 0))
     truth = _accuracy(exact, judged)
     target = work.out / ONNX
 

@@ -153,7 +153,7 @@ def _run(work: Work, model: Recogniser, settings: TrainSettings) -> Run:
             raise PassingError(
                 f"{error}; set aside as {aside}, run again to start this stage anew"
             ) from error
-    return start(model, settings, work.settings["seed"])
+    return start(model, settings, work.seed)
 
 
 def history(out: Path) -> list[dict[str, float]]:

@@ -21,6 +21,7 @@ from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint, save_checkpoint
 from crnn.data.batches import Lines
 from crnn.data.images import HEIGHT
+from crnn.data.render import generator
 from crnn.data.sources import open_source
 from crnn.devices import best_device, describe
 from crnn.errors import PassingError
@@ -69,6 +70,16 @@ class Work:
     def data(self) -> DataSettings:
         """Where the samples are."""
         return DataSettings.model_validate(self.job["data"])
+
+    @property
+    def seed(self) -> int:
+        """Of data order and augmentation, another for each kind of stage.
+
+        With one for all, fine-tuning would begin with the very images that the baseline began
+        with, and 8 bits would be judged by lines that the network has learnt.
+        """
+        key = generator(self.settings["seed"], *self.job["stage"].encode())
+        return int(key.integers(2**63))
 
     def input(self, stage: str) -> Path:
         """Result file of an upstream stage, proven again: time has passed since it was found.

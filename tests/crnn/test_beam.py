@@ -64,10 +64,19 @@ def test_a_lexicon_allows_nothing_else() -> None:
     words = [(1, 2), (3, 1, 2), (1, 2, 3, 1, 2, 3)]
     found = BeamSearch(width=100, lexicon=lexicon, cutoff=1e-9).read(probabilities)
     assert found.classes == max(words, key=lambda word: truth.get(word, 0))
-    nothing = BeamSearch(lexicon=Lexicon(["aaaaaaaaa"], ABC)).read(probabilities)
+    nothing = BeamSearch(lexicon=Lexicon(["aaaaaaaaa"], ABC)).read(probabilities)  # In 6 frames.
     assert nothing.classes == ()
     assert nothing.confidence == 0
     assert BeamSearch(lexicon=Lexicon([], ABC)).read(probabilities).classes == ()
+
+
+def test_a_lexicon_reads_over_letters_that_the_network_is_sure_of() -> None:
+    sure = np.eye(4)[[1, 0, 3, 0, 2, 0]]  # It reads "acb".
+    assert BeamSearch(lexicon=Lexicon(["aab", "ccc"], ABC)).read(sure).classes == (1, 1, 2)
+    # Each frame prefers another beginning; the one text that fits into them is followed last.
+    crowd = [f"{'abc'[n % 3]}{'abc'[n // 3 % 3]}{'abc'[n // 9]}aaaaaaaa" for n in range(27)]
+    found = BeamSearch(width=1, lexicon=Lexicon([*crowd, "cab"], ABC)).read(sure)
+    assert found.classes == (3, 1, 2)
 
 
 def test_an_ngram_is_a_distribution_and_prefers_what_it_saw() -> None:

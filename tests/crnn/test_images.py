@@ -32,6 +32,8 @@ def grey_ramp(width: int = 40, height: int = 20) -> Image.Image:
         encoded(grey_ramp().convert("LA")),
         encoded(grey_ramp().convert("RGBA")),
         encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.uint16) * 257)),
+        encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.uint16) * 16)),
+        encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.uint16))),
         encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.int32)), "TIFF"),
         encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.float32) / 255), "TIFF"),
         encoded(Image.fromarray(np.asarray(grey_ramp()).astype(np.float32)), "TIFF"),
@@ -45,6 +47,8 @@ def grey_ramp(width: int = 40, height: int = 20) -> Image.Image:
         "grey+alpha",
         "rgba",
         "16-bit",
+        "12-bit in 16",
+        "8-bit in 16",
         "32-bit",
         "share",
         "float",
@@ -83,8 +87,9 @@ ZERO_WIDTH = png_of_width(0)
         (ZERO_WIDTH, "not a readable image|damaged"),
         (encoded(grey_ramp(), "JPEG")[:200], "damaged|not a readable"),
         (encoded(Image.new("1", (40_000, 40_000))), "too large|not a readable"),
+        (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "finite"),
     ],
-    ids=["empty", "text", "zero width", "truncated", "bomb"],
+    ids=["empty", "text", "zero width", "truncated", "bomb", "not a number"],
 )
 def test_what_is_no_line_image_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):

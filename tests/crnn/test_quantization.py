@@ -11,7 +11,7 @@ from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint
 from crnn.data.batches import Lines, evaluation_batches
 from crnn.export import export_onnx
-from crnn.fake_quantization import fake_quantized, round_input, round_weight
+from crnn.fake_quantization import fake_quantized, round_filters, round_head, round_input
 from crnn.quantization import layers_of, quantize
 from crnn.reading import load_exported
 from crnn.settings import ExportSettings
@@ -62,15 +62,17 @@ def test_a_network_in_8_bits_computes_the_same_on_a_cpu_whose_sums_have_16(tmp_p
 def test_rounding_is_that_of_the_file() -> None:
     torch.manual_seed(0)
     weight, given = torch.randn(3, 40), torch.rand(2, 50) * 3
-    rounded = round_weight(weight)
-    for row, exact in zip(rounded, weight, strict=True):
-        scale = exact.abs().max() / 64
-        assert torch.allclose(row / scale, (row / scale).round(), atol=1e-3)
-        assert (row - exact).abs().max() <= scale / 2 + 1e-6
+    of_rows = [row.abs().max() / 64 for row in weight]
+    of_all = [weight.abs().max() / 64] * 3
+    for found, scales in ((round_filters(weight), of_rows), (round_head(weight), of_all)):
+        for row, exact, scale in zip(found, weight, scales, strict=True):
+            assert torch.allclose(row / scale, (row / scale).round(), atol=1e-3)
+            assert (row - exact).abs().max() <= scale / 2 + 1e-6
     assert len(round_input(given, training=True).unique()) <= 256
     assert (round_input(given, training=True) - given).abs().max() < given.max() / 255
     assert round_input(torch.zeros(2, 2), training=False).abs().max() == 0
-    assert round_weight(torch.zeros(2, 2)).abs().max() == 0
+    assert round_filters(torch.zeros(2, 2)).abs().max() == 0
+    assert round_head(torch.zeros(2, 2)).abs().max() == 0
 
 
 def test_a_network_computes_as_in_8_bits_and_is_then_what_it_was(lines: Lines) -> None:

@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from crnn.data.render import render_line
 from crnn.data.sources import open_source
+from crnn.files import sha256
 from flows.champion import _first_val_line, beats, best_of
 from flows.experiment import ChampionSettings, load_experiment
 from flows.registry import PROMOTED
 from flows.stages.export import judge
+from flows.stages.work import READING
 from tests.conftest import DIGITS
 from tests.flows.conftest import (
     Project,
@@ -125,6 +128,24 @@ def test_other_lines_are_read_by_the_champion_before_it_is_judged(
     row = next(row for row in printed["rows"] if row["point"] == "0.6 int8")
     assert scores == {name: row[name] for name in scores}
     assert scores["val/samples"] == 16
+
+
+def test_a_champion_is_judged_at_its_own_widest_line(exported: Exported, tmp_path: Path) -> None:
+    """Where the sweep's data is squeezed to 64 px, its lines of 160 px are what it serves."""
+    project = exported[0]
+    made = {label: project.manifests()[label] for label in ("data", "export baseline")}
+    inputs = {"data": made["data"], "export": made["export baseline"]}
+    work = work_of(project, "judge", inputs, tmp_path)
+    expected = judge(work)[1]
+    narrow = tmp_path / "narrow.safetensors"
+    with safe_open(work.input("data"), "np") as index:
+        tensors = {name: index.get_tensor(name) for name in index.keys()}  # noqa: SIM118
+        reading = {**json.loads(index.metadata()[READING]), "max_width": 64}
+    tensors["val_widths"] = tensors["val_widths"].clip(max=64)
+    save_file(tensors, narrow, {READING: json.dumps(reading)})
+    work.job["inputs"]["data"] = {"file": str(narrow), "sha256": sha256(narrow)}
+    assert work.lines("val").max_width == 64
+    assert judge(work)[1] == pytest.approx(expected)
 
 
 def test_a_champion_that_lacks_a_character_is_judged_by_what_it_reads(

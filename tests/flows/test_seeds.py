@@ -1,15 +1,17 @@
 """Several seeds: the whole chain once for each, on the same data, and a mean."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from crnn.metrics import wilson_interval
+from flows.definitions import TRAINING
 from flows.report import table_cells
 from flows.rows import interval_of_seeds, mean_of_seeds
-from tests.flows.conftest import Project, computed, copy_of, points_of, runs_of
+from tests.flows.conftest import Project, computed, copy_of, points_of, runs_of, work_of
 from tests.flows.test_report import row
 
 Finished = tuple[Project, dict[str, Any]]
@@ -18,6 +20,18 @@ Finished = tuple[Project, dict[str, Any]]
 def row_of_seed(seed: int, accuracy: float, cost: float) -> dict[str, Any]:
     stages = {"data": "data-1", "finetune": f"finetune-{seed}"}
     return {**row("0.62", accuracy, cost), "checkpoint": f"model-{seed}", "stages": stages}
+
+
+def test_each_kind_of_stage_draws_its_own_order_and_augmentation(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Else fine-tuning saw the baseline's images again, and 8 bits were judged by learnt ones."""
+    seeds = {
+        (stage, seed): work_of(finished[0], stage, {}, tmp_path / f"{stage}-{seed}", seed=seed).seed
+        for stage in (*TRAINING, "int8")
+        for seed in (0, 1)
+    }
+    assert len(set(seeds.values())) == len(seeds)
 
 
 def test_a_row_of_several_seeds_has_means_and_spread() -> None:

@@ -11,7 +11,7 @@ from pruning.coupling import LSTM_INPUTS, groups_of
 from pruning.gammas import absolute_gammas, norms_of
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
-from pruning.surgery import cut, mean_inputs, revive
+from pruning.surgery import _sums_by_tap, cut, mean_inputs, revive
 from tests.conftest import random_recogniser
 
 
@@ -94,61 +94,53 @@ def constant_channels(beta: float) -> tuple[Recogniser, list[Tensor], Tensor]:
     return model, masks, torch.randn(2, 3, 32, 480, dtype=torch.float64)
 
 
-def read_means(means: dict[str, Tensor]) -> list[Tensor]:
-    """Of every group; the first layer reads the image."""
-    return list(means.values())[1:]
-
-
 @pytest.mark.parametrize("beta", [0.7, -0.7])
 def test_the_means_of_silent_channels_are_relu_of_beta(beta: float) -> None:
+    """Where the LSTM reads them; a convolution's outer taps read padding as well."""
     model, masks, images = constant_channels(beta)
-    for mean, mask in zip(read_means(mean_inputs(model, [images])), masks, strict=True):
-        assert torch.allclose(mean[~mask], torch.full_like(mean[~mask], max(beta, 0)))
-
-
-def test_compensation_is_exact_away_from_the_padded_border() -> None:
-    """The closed form: W_removed times the constant moves into the next running mean.
-
-    A position sees the padding if its receptive field does. Height is reduced from 32 to 1, so
-    every frame sees the upper border; the convolutions are therefore compared one by one, and the
-    whole network with its padding filled as if the channel went on beyond the border.
-    """
-    model, masks, images = constant_channels(0.7)
     means = mean_inputs(model, [images])
-    compact, dropped = cut(model, masks, means).eval(), cut(model, masks).eval()
-    with torch.inference_mode():
-        whole = border_free(model, images, masks, read_means(means))
-        folded = border_free(compact, images, None, [])
-        lost = border_free(dropped, images, None, [])
-    assert (whole - folded).abs().max() < 1e-9
-    assert (whole - lost).abs().max() > 1e-2
+    *_, mean = means.values()
+    assert torch.allclose(mean[~masks[-1]], torch.full_like(mean[~masks[-1]], max(beta, 0)))
+    centre = means["cnn.3"][~masks[0]][:, 1, 1]
+    assert torch.allclose(centre, torch.full_like(centre, max(beta, 0)))
+    assert means["cnn.3"].shape == (len(masks[0]), 3, 3)
 
 
-def border_free(
-    model: Recogniser, images: Tensor, masks: list[Tensor] | None, means: list[Tensor]
-) -> Tensor:
-    """Logits with every constant channel padded by its own value instead of zero.
+@pytest.mark.parametrize("group", range(9))
+def test_what_folding_leaves_out_has_a_mean_of_zero(group: int) -> None:
+    """For any channels, padding included: the next BatchNorm sees the mean that it saw before."""
+    model = random_recogniser(width=0.15).eval()
+    masks = [torch.ones(len(g), dtype=torch.bool) for g in absolute_gammas(model)]
+    masks[group][::2] = False
+    images = torch.randn(2, 3, 32, 96, dtype=torch.float64)
+    compact = cut(model, masks, mean_inputs(model, [images])).eval()
+    expected, found = (centred_means(network, images)[group + 1] for network in (model, compact))
+    assert torch.allclose(expected, found, rtol=0, atol=1e-12)
 
-    Args:
-        model: Uncut with masks, or compact without.
-        images: (N, 3, 32, W).
-        masks: Channels that are constant are False; None where they are gone already.
-        means: Their values, where masks are given.
-    """
-    x, layer = images, 0
+
+def centred_means(model: Recogniser, images: Tensor) -> list[Tensor]:
+    """For each BatchNorm the mean of its input over lines and positions, less its running mean."""
+    seen = []
     for module in model.cnn:
-        if isinstance(module, nn.Conv2d):
-            padded = nn.functional.pad(x, (1, 1, 1, 1))
-            if masks is not None and layer > 0:
-                border = torch.ones_like(padded[:1, :1])
-                border[..., 1:-1, 1:-1] = 0
-                constant = torch.where(masks[layer - 1], 0.0, means[layer - 1])
-                padded = padded + border * constant[:, None, None]
-            x = nn.functional.conv2d(padded, module.weight, stride=module.stride)
-            layer += 1
-        else:
-            x = module(x)
-    return model.head(model.rnn(x.squeeze(2).permute(2, 0, 1))[0])
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            seen.append((images.mean((0, 2, 3)) - module.running_mean).detach())
+        images = module(images)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [(3, 1, 1, 1), (3, 2, 1, 1), (1, 2, 0, 1), (5, (2, 1), 2, 1), (3, 1, "same", 2), (2, 2, 0, 1)],
+)
+def test_means_by_tap_are_those_that_a_convolution_sums(
+    kernel: int, stride: int | tuple[int, int], padding: int | str, dilation: int
+) -> None:
+    layer = nn.Conv2d(3, 4, kernel, stride, padding, dilation, bias=False).double()
+    images = torch.randn(2, 3, 32, 33, dtype=torch.float64)
+    sums = _sums_by_tap(layer, images, output := layer(images))
+    expected = output.sum((0, 2, 3))
+    assert torch.allclose(layer.weight.flatten(1) @ sums.flatten(), expected)
 
 
 def test_faded_channels_that_are_kept_start_again_from_the_same_function() -> None:
@@ -175,11 +167,11 @@ def test_faded_channels_that_are_kept_start_again_from_the_same_function() -> No
 
 
 def test_compensation_stays_nearer_to_the_uncut_network_than_dropping() -> None:
-    """With the zero-padded border as it is; 32 rows leave no frame that does not see it."""
+    """32 rows leave no frame that does not see the zero-padded border."""
     model, masks, images = constant_channels(0.4)
     means = mean_inputs(model, [images])
     with torch.inference_mode():
         truth = model.cnn(images)[:, masks[-1]]
         folded = (cut(model, masks, means).eval().cnn(images) - truth).square().mean()
         dropped = (cut(model, masks).eval().cnn(images) - truth).square().mean()
-    assert folded < dropped / 2
+    assert folded < dropped / 4
