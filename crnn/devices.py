@@ -18,19 +18,27 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """bfloat16 for convolutions where the device multiplies it in hardware.
+def autocast(model: nn.Module, precision: str) -> AbstractContextManager[None]:
+    """bfloat16 for convolutions where that is faster.
 
     Args:
-        device: Where the network is.
+        model: The network that is to run.
         precision: "auto", or "float32" to switch it off.
     """
-    enabled = precision == "auto" and has_bfloat16(device)
+    device = next(model.parameters()).device
+    enabled = precision == "auto" and has_bfloat16(device) and not _is_slower_in_it(model, device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def _is_slower_in_it(model: nn.Module, device: torch.device) -> bool:
+    """On a CPU depthwise convolutions are; they take most of the time where there are any."""
+    return device.type == "cpu" and any(
+        isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in model.modules()
+    )
+
+
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 there, not merely emulated."""
+    """Whether the device multiplies bfloat16 in hardware, faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -55,7 +55,7 @@ class Teacher:
             widths: (N,) of the lines, pixels.
             precision: As in TrainSettings.
         """
-        with torch.no_grad(), autocast(images.device, precision):
+        with torch.no_grad(), autocast(self.model, precision):
             targets = self.model(images)
         student, teacher = ((part / self.TEMPERATURE).log_softmax(2) for part in (logits, targets))
         divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(2)
@@ -217,7 +217,7 @@ def train_step(
     """
     device = run.model.device
     images = normalise(batch.images.to(device)).contiguous(memory_format=layout_of(run.model))
-    with autocast(device, settings.precision):
+    with autocast(run.model, settings.precision):
         logits = (run.network or run.model)(images)
     loss = ctc_loss(logits, batch, run.model.stride) * weight(len(batch.names), device)
     if run.teacher:
