@@ -5,7 +5,8 @@
 Takes a params file, the seeds, and section.key=value for what shall differ from the file. Each
 network is a frontier of cached stages, uncut and cut at 0.5 and 0.87, so that a comparison that was
 interrupted goes on where it was: the student, with and without its teacher, with every seed, the
-others with the first. At the end it compares them in one table and plot.
+others with the first. At the end it prints a table in Markdown, and `crnn-slim compare` writes one
+page and plot of all.
 """
 
 import json
@@ -16,10 +17,24 @@ from pathlib import Path
 from benchmarks.slimming import frontier
 from flows import project
 from flows.experiment import load_experiment
+from flows.rows import ACCURACY, Row
 
 RATIOS = [0.5, 0.87]
+WHEN = ("before", "untuned")
+COLUMNS = (
+    "network",
+    "cut",
+    "params",
+    "MACs",
+    "torch / deployed, ms",
+    "onnxruntime, ms",
+    "before the cut",
+    "after it",
+    "word accuracy",
+)
 TEACHER = "resnet34"
 STUDENT = "mobilenetv3_small_100"
+TAUGHT = f"{STUDENT}, taught by {TEACHER}"
 BACKBONES = ("vgg13", STUDENT, "mobilenetv3_large_100", "ghostnet_100", "repvgg_a0", TEACHER)
 
 
@@ -46,8 +61,34 @@ def main() -> None:
         "finetune.distill=1",
     ]
     names.append(f"{experiment.name}-{STUDENT}-taught")
-    frontier(params, seeds, [f"name={names[-1]}", *taught], more)
-    subprocess.run([sys.executable, "-m", "flows.cli", "compare", *names], check=True)
+    rows[TAUGHT] = frontier(params, seeds, [f"name={names[-1]}", *taught], more)
+    print("\n".join(table(rows)))
+    compare = [sys.executable, "-m", "flows.cli", "compare", *names]
+    subprocess.run(compare, stdout=sys.stderr, check=True)
+
+
+def table(compared: dict[str, list[Row]]) -> list[str]:
+    """Markdown, a line for each network and cut; means over the seeds, their spread behind."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"| :-- |{' --: |' * (len(COLUMNS) - 1)}"]
+    for network, rows in compared.items():
+        lines += [f"| {' | '.join([network, *_cells(row)])} |" for row in rows]
+    return lines
+
+
+def _cells(row: Row) -> list[str]:
+    """A point's figures, in the order of COLUMNS."""
+    cut = "prune/word_accuracy_before" in row
+    milliseconds = [row["cost/latency_ms"], row.get("cost/latency_deployed_ms")]
+    spread = f" ± {100 * row[f'{ACCURACY}_std']:.1f}" if f"{ACCURACY}_std" in row else ""
+    return [
+        row["point"] if cut else "",
+        f"{row['cost/params_total'] / 1e6:.2f} M",
+        f"{row['cost/macs'] / 1e6:.0f} M",
+        " / ".join(f"{ms:.2f}" for ms in milliseconds if ms is not None),
+        f"{row['cost/onnx_latency_ms']:.2f}",
+        *(f"{100 * row[f'prune/word_accuracy_{when}']:.1f}%" if cut else "" for when in WHEN),
+        f"{100 * row[ACCURACY]:.1f}%{spread}",
+    ]
 
 
 if __name__ == "__main__":

@@ -96,11 +96,11 @@ def _take_part(
         ChildDiedError: It went on without this machine, or the one that leads is gone.
         StoppedError: stop was set.
     """
-    execution, total = experiment.execution, cores()
+    execution, allowed = experiment.execution, cores()
     folder = project.work_folder() / JOINED
     with (
         single_flight(JOINED, stop.is_set, display.say) as lock,
-        seats(total, total, stop.is_set, display.say),
+        seats(len(allowed), allowed, stop.is_set, display.say),
     ):
         now = group.announced(rendezvous)
         if now is None or now[0]["launch"] != job["launch"]:
@@ -112,7 +112,7 @@ def _take_part(
             "data": experiment.data.model_dump(mode="json"),
             "folder": str(folder),
             "rendezvous": rendezvous,
-            "cpus": max(1, total // execution.processes),
+            "cpus": max(1, len(allowed) // execution.processes),
             "processes": execution.processes,
             "loader_workers": execution.loader_workers,
             "leads": False,

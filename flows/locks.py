@@ -38,19 +38,21 @@ def single_flight(
 
 
 @contextmanager
-def seats(count: int, total: int, stopping: Stopping, log: Log) -> Iterator[None]:
-    """Hold `count` of the machine's `total` cores, over all pipelines of this state folder.
+def seats(count: int, cores: Sequence[int], stopping: Stopping, log: Log) -> Iterator[None]:
+    """Hold `count` of these cores, over all pipelines of this state folder.
 
     Two trainings that share cores run at a tenth of their speed each, because their threads wait
     for each other; one after the other they run at full speed. The cores are taken in blocks of
     `count`, each block in ascending order, so that two that wait never wait for each other.
+    Pipelines that were given cores of their own (`taskset`) do not wait for each other.
     """
 
     def say(holder: str) -> None:
         if holder != _self():  # Its own stages wait for each other as a matter of course.
             log(f"waiting for a free core; {holder} computes")
 
-    blocks = [range(first, first + count) for first in range(0, total - count + 1, count)]
+    starts = range(0, len(cores) - count + 1, count)
+    blocks = [cores[first : first + count] for first in starts]
     with ExitStack() as held:
         taken = held.enter_context(_one_of([_seat(block[0]) for block in blocks], stopping, say))
         block = next(block for block in blocks if _seat(block[0]) == taken.name)

@@ -119,17 +119,18 @@ def parallel_finetunes(experiment: Experiment) -> int:
     if experiment.execution.nodes > 1:
         return 1
     if experiment.execution.parallel != "auto":
-        return min(experiment.execution.parallel, cores())
-    return 1 if shutil.which("nvidia-smi") else min(4, cores())
+        return min(experiment.execution.parallel, len(cores()))
+    return 1 if shutil.which("nvidia-smi") else min(4, len(cores()))
 
 
-def cores() -> int:
+def cores() -> list[int]:
     """Cores this process may use: fewer than the machine has under an affinity or a container."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    every = range(os.cpu_count() or 1)
+    own = sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every)
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return max(1, min(count or 1, int(quota) // int(period)))
-    return count or 1
+        return own[: max(1, int(quota) // int(period))]
+    return own
 
 
 def find_or_compute(
@@ -155,11 +156,11 @@ def find_or_compute(
         manifest = cache.find(stage.key, log)
         cached = manifest is not None
         if manifest is None:
-            total = cores()
+            allowed = cores()
             sharing = stage.name in definitions.SHARING
             parallel = parallel_finetunes(context.experiment) if sharing else 1
-            count = math.ceil(total / parallel)
-            with seats(count, total, context.stop.is_set, log):
+            count = math.ceil(len(allowed) / parallel)
+            with seats(count, allowed, context.stop.is_set, log):
                 if context.elsewhere:
                     for upstream in stage.inputs.values():
                         bring(upstream, log)

@@ -150,20 +150,22 @@ def test_a_wait_can_be_stopped() -> None:
 
 def test_cores_are_shared_and_a_whole_machine_waits_for_all_of_them() -> None:
     with holder("seat-0") as other:
-        with seats(1, 2, lambda: False, pytest.fail):
+        with seats(1, [0, 1], lambda: False, pytest.fail):
             said: list[str] = []
             with (
                 pytest.raises(Exception, match="stopped while waiting"),
-                seats(1, 2, lambda: True, said.append),
+                seats(1, [0, 1], lambda: True, said.append),
             ):
                 pytest.fail("both cores are taken")
         with (
             pytest.raises(Exception, match="stopped while waiting"),
-            seats(2, 2, lambda: True, said.append),
+            seats(2, [0, 1], lambda: True, said.append),
         ):
             pytest.fail("one core is taken")
+        with seats(1, [1], lambda: False, pytest.fail):
+            pass  # A pipeline that was given the other core waits for none.
         computes = f"process {other.pid} on {os.uname().nodename} computes"
         assert said == [f"waiting for a free core; {computes}"] * 2
         other.kill()
-    with seats(2, 2, lambda: False, pytest.fail):
+    with seats(2, [0, 1], lambda: False, pytest.fail):
         pass
