@@ -28,5 +28,6 @@ def deployed(model: Recogniser) -> Recogniser | None:
         if isinstance(convolutions, nn.ModuleList) and len(convolutions):
             first: Any = convolutions[0]
             block.groups = first.conv.groups  # MobileOne's knows the uncut number alone.
-    folded.cnn = reparameterize_model(folded.cnn, inplace=True)
+    # RepViT's new layers are of float32, whatever the old ones were.
+    folded.cnn = reparameterize_model(folded.cnn, inplace=True).to(model.dtype)
     return None if folded.state_dict().keys() == model.state_dict().keys() else folded

@@ -76,5 +76,7 @@ def initialise(module: nn.Module) -> None:
     """Give a layer the initial weights of this network, where they are not torch's own."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        with torch.no_grad():
+            module.weight.mul_(module.groups**0.5)  # It counts the outputs of all groups as one's.
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.constant_(module.weight, INITIAL_GAMMA)

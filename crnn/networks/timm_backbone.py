@@ -16,6 +16,13 @@ from crnn.networks.vgg import STRIDE
 PROBE_WIDTH = 64
 """Width in pixels of the line that a network is tried with."""
 
+LATE = 4
+"""From this input height on a stride may halve the width a second time.
+
+The first one halves it as well; those between keep it, as in PP-OCR's recognisers, for a character
+is only a few columns wide. Where it was halved at the first two, networks learnt far more slowly.
+"""
+
 ATTENTION = ("Bmm", "ScaledDotProduct")
 """In the names of an autograd graph, what lets every position look at every other."""
 
@@ -42,8 +49,8 @@ class TimmBackbone(nn.Module):
 def timm_backbone(name: str) -> tuple[TimmBackbone, int]:
     """Build a network with fresh weights and make it fit for text lines.
 
-    Where the width has shrunk by STRIDE, further strides halve the height only; which ones these
-    are is found by running it.
+    Of its strides the first and a late one halve the width, the others the height only; which ones
+    these are is found by running it.
 
     Args:
         name: As timm knows it.
@@ -107,9 +114,11 @@ def _fitted(name: str, backbone: TimmBackbone) -> Tensor:
 
 
 def _keep_width(module: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Before a layer runs: let it halve the height alone where the width has shrunk enough."""
+    """Before a layer runs: let it halve the height alone, but for the first and a late one."""
     strides = module.stride if isinstance(module.stride, tuple) else (module.stride,) * 2
-    if strides[0] < 2 or inputs[0].shape[3] > PROBE_WIDTH // STRIDE:
+    height, width = inputs[0].shape[2:]
+    may_halve = width > PROBE_WIDTH // STRIDE and (height == HEIGHT or height <= LATE)
+    if strides[0] < 2 or may_halve:
         return
     module.stride = (strides[0], 1)
     if getattr(module, "kernel_size", None) in (strides[0], strides):

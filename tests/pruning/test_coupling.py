@@ -126,7 +126,7 @@ def test_a_cut_network_is_saved_and_loaded_to_the_same_bits(
     assert widths(loaded) == widths(compact)
 
 
-@pytest.mark.parametrize("backbone", ["repvgg_a0", "mobileone_s0"])
+@pytest.mark.parametrize("backbone", ["repvgg_a0", "mobileone_s0", "repvit_m1"])
 def test_the_deployed_form_of_a_cut_agrees_and_is_smaller(images: Tensor, backbone: str) -> None:
     model = random_network(backbone)
     compact = cut(model, keep_masks(absolute_gammas(model), 0.5, PruneSettings()))
