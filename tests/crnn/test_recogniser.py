@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crnn.networks.recogniser import Recogniser
@@ -52,3 +53,28 @@ def test_macs_agree_with_an_independent_count() -> None:
 
 def test_macs_at_full_width_with_a_small_charset() -> None:
     assert macs(Recogniser(ModelSettings(), 65)) == pytest.approx(1314e6, rel=0.001)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_100", "ghostnet_100", "resnet34"])
+def test_networks_of_timm_halve_the_width_first_and_late(backbone: str) -> None:
+    model = random_recogniser(1, backbone=backbone)
+    widths: dict[int, set[int]] = {}
+
+    def note(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        widths.setdefault(output.shape[2], set()).add(output.shape[3])
+
+    for layer in model.cnn.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(note)
+    with torch.no_grad():
+        model.cnn(torch.zeros(1, 3, 32, 64, dtype=torch.float64))
+    assert widths == {16: {32}, 8: {32}, 4: {32}, 2: {16}, 1: {16}}
+
+
+def test_depthwise_weights_start_as_large_as_others() -> None:
+    model = Recogniser(ModelSettings(backbone="mobilenetv3_small_100"), 11)
+    for layer in model.cnn.modules():
+        if isinstance(layer, nn.Conv2d):
+            fan_out = layer.out_channels // layer.groups * layer.weight[0, 0].numel()
+            found = float(layer.weight.detach().square().mean()) * fan_out
+            assert found == pytest.approx(2, rel=0.3)
