@@ -6,17 +6,18 @@ Takes a params file, the seeds, and section.key=value for what shall differ from
 network is a frontier of cached stages, uncut and cut at 0.5 and 0.87, so that a comparison that was
 interrupted goes on where it was: the student, with and without its teacher, with every seed, the
 others with the first. At the end it prints a table in Markdown, and `crnn-slim compare` writes one
-page and plot of all.
+page and plot of all. Processes with a core of their own share the work, as in benchmarks.slimming.
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from random import sample
 
-from benchmarks.slimming import frontier
+from benchmarks.slimming import compute, frontier
 from flows import project
-from flows.experiment import load_experiment
+from flows.experiment import Experiment, load_experiment
 from flows.rows import ACCURACY, Row
 
 RATIOS = [0.5, 0.87]
@@ -44,27 +45,39 @@ def main() -> None:
     seeds = [int(seed) for seed in given_seeds.split(",")]
     more = [f"ratios={RATIOS}", "quantize=null", *given]
     experiment = load_experiment(Path(params), more)
-    names, rows = [], {}
-    for backbone in BACKBONES:
-        model = {"backbone": backbone, "hidden": experiment.model.hidden}
-        if backbone == experiment.model.backbone:
-            model["width"] = experiment.model.width
-        names.append(f"{experiment.name}-{backbone}")
-        own_seeds = seeds if backbone == STUDENT else seeds[:1]
-        settings = [f"name={names[-1]}", f"model={model}"]
-        rows[backbone] = frontier(params, own_seeds, settings, more)
-    teacher = str(project.home() / rows[TEACHER][0]["checkpoint"])
-    taught = [
-        f"teacher={json.dumps({'checkpoint': teacher, 'epochs': 0})}",
-        f"model={{backbone: {STUDENT}, hidden: {experiment.model.hidden}}}",
+    networks = {backbone: _settings(experiment, backbone) for backbone in BACKBONES}
+    for backbone in sample(BACKBONES, len(BACKBONES)):
+        compute(params, _seeds(backbone, seeds), networks[backbone], more)
+    checkpoint = frontier(params, seeds[:1], networks[TEACHER], more)[0]["checkpoint"]
+    teacher = {"checkpoint": str(project.home() / checkpoint), "epochs": 0}
+    networks[TAUGHT] = [
+        *networks[STUDENT],
+        f"name={experiment.name}-{STUDENT}-taught",
+        f"teacher={json.dumps(teacher)}",
         "baseline.distill=1",
         "finetune.distill=1",
     ]
-    names.append(f"{experiment.name}-{STUDENT}-taught")
-    rows[TAUGHT] = frontier(params, seeds, [f"name={names[-1]}", *taught], more)
+    compute(params, seeds, networks[TAUGHT], more)
+    rows = {
+        network: frontier(params, _seeds(network, seeds), settings, more)
+        for network, settings in networks.items()
+    }
     print("\n".join(table(rows)))
+    names = [load_experiment(Path(params), settings).name for settings in networks.values()]
     compare = [sys.executable, "-m", "flows.cli", "compare", *names]
     subprocess.run(compare, stdout=sys.stderr, check=True)
+
+
+def _settings(experiment: Experiment, backbone: str) -> list[str]:
+    model = {"backbone": backbone, "hidden": experiment.model.hidden}
+    if backbone == experiment.model.backbone:
+        model["width"] = experiment.model.width
+    return [f"name={experiment.name}-{backbone}", f"model={model}"]
+
+
+def _seeds(network: str, seeds: list[int]) -> list[int]:
+    """Those that a network is trained with: the student's and the taught one's are all."""
+    return seeds if network in (STUDENT, TAUGHT) else seeds[:1]
 
 
 def table(compared: dict[str, list[Row]]) -> list[str]:
