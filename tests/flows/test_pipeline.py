@@ -88,8 +88,8 @@ def test_a_new_ratio_computes_its_own_stages_only(finished: Finished, tmp_path: 
     # 0.6 is what the sparse stage was asked for, so that only a cut beyond it costs anything.
     warned = [line for line in run.stderr.splitlines() if "live channels go" in line]
     assert [line.split(":")[0] for line in warned] == ["prune 0.65"]
-    eights = ["--ratios", "0.6", "--set", "prune.round_to=8"]
-    rounded = project.run("frontier", str(project.params), "--json", *eights)
+    fours = ["--ratios", "0.6", "--set", "prune.round_to=4"]
+    rounded = project.run("frontier", str(project.params), "--json", *fours)
     achieved = json.loads(rounded.stdout)["rows"][1]["prune/ratio_achieved"]
     assert f"prune 0.6: only {100 * achieved:.1f}% of the channels go" in rounded.stderr
 

@@ -72,7 +72,7 @@ def test_two_processes_train_as_one_does(both: tuple[Project, Project]) -> None:
     assert alone.keys() == together.keys()
     assert_trained_alike(together, alone)
     first = [run["baseline"][0]["train/loss"] for run in (alone, together)]
-    assert first[1] == pytest.approx(first[0], rel=1e-5), "before rounding has grown"
+    assert first[1] == pytest.approx(first[0], rel=1e-4), "before rounding has grown"
     zeros = [run["sparse"][-1]["gamma/share_zero"] for run in (alone, together)]
     assert zeros[0] == zeros[1] >= 0.59
     baselines = [project.manifests()["baseline"]["key"] for project in both]
