@@ -26,15 +26,17 @@ def autocast(model: nn.Module, precision: str) -> AbstractContextManager[None]:
         precision: "auto", or "float32" to switch it off.
     """
     device = next(model.parameters()).device
-    enabled = precision == "auto" and has_bfloat16(device) and not _is_slower_in_it(model, device)
+    enabled = precision == "auto" and _gains_from_bfloat16(model, device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def _is_slower_in_it(model: nn.Module, device: torch.device) -> bool:
-    """On a CPU depthwise convolutions are; they take most of the time where there are any."""
-    return device.type == "cpu" and any(
+def _gains_from_bfloat16(model: nn.Module, device: torch.device) -> bool:
+    """Not on a CPU with depthwise convolutions, slower in it and most of the time of a network."""
+    if device.type == "cpu" and any(
         isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in model.modules()
-    )
+    ):
+        return False
+    return has_bfloat16(device)
 
 
 def has_bfloat16(device: torch.device) -> bool:
