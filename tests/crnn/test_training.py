@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from crnn.data.batches import Lines, evaluation_batches, normalise
+from crnn.devices import autocast, has_bfloat16
 from crnn.errors import NonFiniteLossError
 from crnn.evaluation import evaluate, read
 from crnn.networks.recogniser import Recogniser
@@ -95,6 +96,15 @@ def test_gradients_are_right_where_channels_last_computes_wrong_ones(lines: Line
         assert reference.grad is not None
         error = (trained.grad - reference.grad).norm()
         assert error <= 0.05 * reference.grad.norm() + 1e-6, name
+
+
+def test_bfloat16_is_for_networks_that_are_faster_in_it() -> None:
+    vgg, depthwise = random_recogniser(), random_recogniser(1, backbone="mobilenetv3_small_100")
+    found = []
+    for model, precision in ((vgg, "auto"), (vgg, "float32"), (depthwise, "auto")):
+        with autocast(model, precision):
+            found.append(torch.is_autocast_enabled("cpu"))
+    assert found == [has_bfloat16(torch.device("cpu")), False, False]
 
 
 def test_learning_rate_rises_once_and_falls_to_zero() -> None:
