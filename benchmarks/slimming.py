@@ -9,8 +9,9 @@ interrupted goes on where it was; only the peer's trainings are the benchmark's 
 strength has several tried with the first seed and keeps the one with the best mean accuracy, chosen
 on the val lines: that flatters it. One at the edge of those tried may not be the best there is.
 
-Processes with a core of their own share the work, nearly twice as fast as one on two cores: start
-it as `taskset -c 0 ...` and, beside it, `taskset -c 1 ...`.
+Processes with a core of their own share the stages, nearly twice as fast as one on two cores: start
+it as `taskset -c 0 ...` and, beside it, `taskset -c 1 ...`. Each does the peer's trainings, and
+times networks beside the other's work.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The network of the article: its shapes and its published counts."""
+"""The network of the article, its shapes and published counts; how networks of timm begin."""
 
 import pytest
 import torch
