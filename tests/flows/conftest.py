@@ -24,6 +24,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from flows.stages.work import Work
+from tests.flows import commands
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -72,7 +73,8 @@ class Project:
 
     def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = self.command(*arguments)
-        result = subprocess.run(command, capture_output=True, timeout=300, **self.options())
+        options = self.options()
+        result = commands.run(command, options["cwd"], options["env"])
         assert result.returncode == code, result.stderr
         return result
 
