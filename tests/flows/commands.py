@@ -41,9 +41,11 @@ def run(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Comple
 @cache
 def _commands() -> subprocess.Popen[str]:
     """The process to copy; it ends with this one."""
-    options: dict[str, Any] = {"cwd": Path(__file__).parents[2], "text": True}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-m", "tests.flows.commands"], **options, **pipes)
+    command = [sys.executable, "-m", "tests.flows.commands"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdin=pipe, stdout=pipe, text=True
+    )
     atexit.register(process.communicate)
     return process
 
