@@ -1,5 +1,7 @@
-"""Commands as copies of a process that has imported Prefect and MLflow: the same command line, real
-to its end, without the imports that take longer than most commands.
+"""Commands as copies of a process that has imported MLflow: the same command line, real to its end,
+without the import that takes longer than most commands.
+
+Prefect is left to each copy: it reads its settings from the environment when it is imported.
 
 `python -m tests.flows.commands` reads a request a line and answers each with an exit code.
 """
@@ -8,34 +10,34 @@ import atexit
 import gc
 import json
 import os
-import select
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flows import project
-
 PATIENCE = 300
-"""Seconds for a command."""
+"""Seconds for a command, which SIGALRM ends then."""
 
 
-def run(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """What `python -m flows.cli ...` does and prints."""
+def run(
+    arguments: Sequence[str], cwd: Path, env: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """What `python -m flows.cli ARGUMENTS` does and prints."""
     with TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err")]
-        request = {"command": command, "files": list(map(str, files)), "cwd": str(cwd), "env": env}
+        request = {"arguments": arguments, "files": [*map(str, files)], "cwd": str(cwd), "env": env}
         commands = _commands()
         assert commands.stdin
         assert commands.stdout
         commands.stdin.write(json.dumps(request) + "\n")
         commands.stdin.flush()
-        answered = select.select([commands.stdout], [], [], PATIENCE)[0]
-        assert answered, f"{command} still runs: {files[1].read_text()}"
         code = int(commands.stdout.readline())
-        return subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
+        printed = [file.read_text() for file in files]
+        return subprocess.CompletedProcess(arguments, code, *printed)
 
 
 @cache
@@ -52,8 +54,8 @@ def _commands() -> subprocess.Popen[str]:
 
 def main() -> None:
     """Copy this process for every request; what is returned from is a copy."""
-    project.configure_environment()  # As before the imports of every command.
-    import flows.pipeline  # noqa: F401
+    os.environ["GIT_PYTHON_REFRESH"] = "quiet"  # As flows.project sets it before the import.
+    import mlflow.tracking  # noqa: F401
 
     gc.freeze()  # What is not looked at need not be copied.
     for line in sys.stdin:
@@ -64,24 +66,16 @@ def main() -> None:
 
 
 def _be_command(request: dict[str, Any]) -> None:
+    signal.alarm(PATIENCE)
     modes = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
     for own, (path, mode) in enumerate(zip([os.devnull, *request["files"]], modes, strict=True)):
         os.dup2(os.open(path, mode), own)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    sys.argv = request["command"][2:]
-    from prefect.context import refresh_global_settings_context
-
+    sys.argv = ["flows.cli", *request["arguments"]]
     from flows import cli
 
-    configure = project.configure_environment
-
-    def and_tell_prefect() -> None:
-        configure()
-        refresh_global_settings_context()
-
-    project.configure_environment = and_tell_prefect
     cli.main()
 
 

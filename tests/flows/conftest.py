@@ -72,9 +72,8 @@ class Project:
         return {"cwd": Path(__file__).parents[2], "env": environment, "text": True}
 
     def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = self.command(*arguments)
         options = self.options()
-        result = commands.run(command, options["cwd"], options["env"])
+        result = commands.run(arguments, options["cwd"], options["env"])
         assert result.returncode == code, result.stderr
         return result
 
