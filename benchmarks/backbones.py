@@ -1,12 +1,14 @@
 """The networks of the article, and what a teacher gives: the same data and budget for each.
 
-    .venv/bin/python -m benchmarks.backbones params/plates.yaml 0,1,2
+    .venv/bin/python -m benchmarks.backbones params/plates-short.yaml 0,1,2
+    .venv/bin/python -m benchmarks.backbones params/sroie-short.yaml 0 vgg13 ghostnet_100
 
-Takes a params file, the seeds, and section.key=value for what shall differ from the file. Each
-network is a frontier of cached stages, uncut and cut at 0.5 and 0.87, so that a comparison that was
-interrupted goes on where it was: the student, with and without its teacher, with every seed, the
-others with the first. At the end it prints a table in Markdown, and `crnn-slim compare` writes one
-page and plot of all. Processes with a core of their own share the work, as in benchmarks.slimming.
+Takes a params file, the seeds, the networks (all of the article's unless some are named), and
+section.key=value for what shall differ from the file. Each network is a frontier of cached stages,
+uncut and cut at 0.5 and 0.87, so that a comparison that was interrupted goes on where it was: the
+student, with and without its teacher, with every seed, the others with the first. At the end it
+prints a table in Markdown, and `crnn-slim compare` writes one page and plot of all. Processes with
+a core of their own share the work, as in benchmarks.slimming.
 """
 
 import json
@@ -43,21 +45,17 @@ def main() -> None:
     """Compute every frontier, then compare them."""
     params, given_seeds, *given = sys.argv[1:]
     seeds = [int(seed) for seed in given_seeds.split(",")]
-    more = [f"ratios={RATIOS}", "quantize=null", *given]
+    named = [word for word in given if "=" not in word] or BACKBONES
+    changed = [word for word in given if "=" in word]
+    more = [f"ratios={RATIOS}", "quantize=null", *changed]
     experiment = load_experiment(Path(params), more)
-    networks = {backbone: _settings(experiment, backbone) for backbone in BACKBONES}
-    for backbone in sample(BACKBONES, len(BACKBONES)):
+    networks = {backbone: _settings(experiment, backbone) for backbone in named}
+    for backbone in sample(list(networks), len(networks)):
         compute(params, _seeds(backbone, seeds), networks[backbone], more)
-    checkpoint = frontier(params, seeds[:1], networks[TEACHER], more)[0]["checkpoint"]
-    teacher = {"checkpoint": str(project.home() / checkpoint), "epochs": 0}
-    networks[TAUGHT] = [
-        *networks[STUDENT],
-        f"name={experiment.name}-{STUDENT}-taught",
-        f"teacher={json.dumps(teacher)}",
-        "baseline.distill=1",
-        "finetune.distill=1",
-    ]
-    compute(params, seeds, networks[TAUGHT], more)
+    if {TEACHER, STUDENT} <= networks.keys():
+        checkpoint = frontier(params, seeds[:1], networks[TEACHER], more)[0]["checkpoint"]
+        networks[TAUGHT] = _taught(experiment, project.home() / checkpoint)
+        compute(params, seeds, networks[TAUGHT], more)
     rows = {
         network: frontier(params, _seeds(network, seeds), settings, more)
         for network, settings in networks.items()
@@ -73,6 +71,17 @@ def _settings(experiment: Experiment, backbone: str) -> list[str]:
     if backbone == experiment.model.backbone:
         model["width"] = experiment.model.width
     return [f"name={experiment.name}-{backbone}", f"model={model}"]
+
+
+def _taught(experiment: Experiment, teacher: Path) -> list[str]:
+    """The student's settings with a trained teacher."""
+    return [
+        *_settings(experiment, STUDENT),
+        f"name={experiment.name}-{STUDENT}-taught",
+        f"teacher={json.dumps({'checkpoint': str(teacher), 'epochs': 0})}",
+        "baseline.distill=1",
+        "finetune.distill=1",
+    ]
 
 
 def _seeds(network: str, seeds: list[int]) -> list[int]:
