@@ -14,6 +14,7 @@ a core of their own share the work, as in benchmarks.slimming.
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from random import sample
 
@@ -51,19 +52,20 @@ def main() -> None:
     experiment = load_experiment(Path(params), more)
     networks = {backbone: _settings(experiment, backbone) for backbone in named}
     for backbone in sample(list(networks), len(networks)):
-        compute(params, _seeds(backbone, seeds), networks[backbone], more)
+        compute(partial(frontier, params, networks[backbone], more), _seeds(backbone, seeds))
     if {TEACHER, STUDENT} <= networks.keys():
-        checkpoint = frontier(params, seeds[:1], networks[TEACHER], more)[0]["checkpoint"]
+        checkpoint = frontier(params, networks[TEACHER], more, seeds[:1])[0]["checkpoint"]
         networks[TAUGHT] = _taught(experiment, project.home() / checkpoint)
-        compute(params, seeds, networks[TAUGHT], more)
+        compute(partial(frontier, params, networks[TAUGHT], more), seeds)
     rows = {
-        network: frontier(params, _seeds(network, seeds), settings, more)
+        network: frontier(params, settings, more, _seeds(network, seeds))
         for network, settings in networks.items()
     }
     print("\n".join(table(rows)))
     names = [load_experiment(Path(params), settings).name for settings in networks.values()]
-    compare = [sys.executable, "-m", "flows.cli", "compare", *names]
-    subprocess.run(compare, stdout=sys.stderr, check=True)
+    if len(names) > 1:
+        compare = [sys.executable, "-m", "flows.cli", "compare", *names]
+        subprocess.run(compare, stdout=sys.stderr, check=True)
 
 
 def _settings(experiment: Experiment, backbone: str) -> list[str]:

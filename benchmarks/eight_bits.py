@@ -30,7 +30,7 @@ def main() -> None:
     params, *given = sys.argv[1:]
     experiment = load_experiment(Path(params), given)
     assert experiment.quantize is not None
-    found = {row["point"]: row for row in frontier(params, [experiment.seed], [], given)}
+    found = {row["point"]: row for row in frontier(params, given, [], [experiment.seed])}
     val = lines_of(experiment)[1]
     plain = list(evaluation_batches(val))
     copies = [

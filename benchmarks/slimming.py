@@ -7,7 +7,8 @@ Takes a params file, the seeds, and section.key=value for what shall differ from
 is a frontier of cached stages with a setting or two changed, so that a comparison that was
 interrupted goes on where it was; only the peer's trainings are the benchmark's own. What needs a
 strength has several tried with the first seed and keeps the one with the best mean accuracy, chosen
-on the val lines: that flatters it. One at the edge of those tried may not be the best there is.
+on the val lines: that flatters it. As long as that is the weakest or the strongest of them, one
+more is tried beyond it. With `controls={scratch: true, small: true}` each way has its controls.
 
 Processes with a core of their own share the stages, nearly twice as fast as one on two cores: start
 it as `taskset -c 0 ...` and, beside it, `taskset -c 1 ...`. Each does the peer's trainings, and
@@ -17,17 +18,22 @@ times networks beside the other's work.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from random import sample
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.peer import figures
-from flows import cache, project
+from flows import project
+from flows.cache import MODEL
 from flows.experiment import load_experiment
+from flows.rows import CONTROLS
 from flows.running import SHORT_OF_RATIO
 
 Rows = list[dict[str, Any]]
+OfSeeds = Callable[[list[int]], Rows]
 TUNED = "val/word_accuracy"
 REQUESTED = "prune/ratio_requested"
 FIGURES = {
@@ -38,41 +44,43 @@ FIGURES = {
 
 UNTAUGHT = ["sparse.distill=0", "finetune.distill=0"]
 ARTICLE = [*UNTAUGHT, "prune.selection=reference", "prune.compensate=false"]
-SUBGRADIENTS = (1e-4, 1e-3, 1e-2)
-REFERENCE = "the reference rule"
+SUBGRADIENT = "sparse.method=subgradient"
+SUBGRADIENTS = (3e-3, 1e-2, 3e-2)
+PEER = "Torch-Pruning's BNScalePruner"
 WAYS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "auto": ([], ()),
     "auto, no teacher": (UNTAUGHT, ()),
-    "proximal": (["sparse.method=proximal"], (0.1, 0.2, 0.4)),
-    "polarization": (["sparse.method=polarization"], (0.05, 0.1, 0.2)),
-    "subgradient": (["sparse.method=subgradient"], SUBGRADIENTS),
-    REFERENCE: ([*ARTICLE, "sparse.method=subgradient"], SUBGRADIENTS),
+    "proximal": (["sparse.method=proximal"], (0.2, 0.4, 0.8)),
+    "polarization": (["sparse.method=polarization"], (0.025, 0.05, 0.1)),
+    "subgradient": ([SUBGRADIENT], SUBGRADIENTS),
+    "the reference rule": ([*ARTICLE, SUBGRADIENT], SUBGRADIENTS),
+    PEER: ([*ARTICLE, SUBGRADIENT], SUBGRADIENTS),
 }
-"""Settings of each way, and the strengths to choose from."""
+"""Settings of each way, and the strengths to begin with, each as many times the one before."""
+
+STRENGTHS = 6
+"""The most that are tried of one way."""
 
 
 def main() -> None:
     """Compare, and print a table for each figure."""
-    params, seeds, *given = sys.argv[1:]
+    params, given_seeds, *given = sys.argv[1:]
     more = ["export=null", *given]
-    numbers = [int(seed) for seed in seeds.split(",")]
-    for settings, strengths in sample(list(WAYS.values()), len(WAYS)):
-        chosen = [*settings, *_best_strength(params, numbers[0], settings, strengths, more)]
-        compute(params, numbers, chosen, more)
-    compared = {}
-    for name, (settings, strengths) in WAYS.items():
-        chosen = [*settings, *_best_strength(params, numbers[0], settings, strengths, more)]
-        compared[f"{name} {' '.join(chosen[len(settings) :])}".strip()] = frontier(
-            params, numbers, chosen, more
-        )
-        if name == REFERENCE:
-            compared["Torch-Pruning"] = _peer(params, numbers, more, list(compared.values())[-1])
+    seeds = [int(seed) for seed in given_seeds.split(",")]
+    chosen = {}
+    for name in sample(list(WAYS), len(WAYS)):
+        chosen[name] = _at_best_strength(name, params, more, seeds[0])
+        compute(chosen[name][1], seeds)
+    compared: dict[str, Rows] = {}
+    for name in WAYS:
+        strength, of_seeds = chosen[name]
+        compared |= _with_controls(f"{name} {strength}".strip(), of_seeds(seeds))
     for title, figure in FIGURES.items():
         print(f"\n{title}\n")
         print(*table(compared, figure), sep="\n")
 
 
-def frontier(params: str, seeds: list[int], settings: list[str], more: list[str]) -> Rows:
+def frontier(params: str, settings: list[str], more: list[str], seeds: list[int]) -> Rows:
     """The rows of a frontier, from its cached stages where there are any."""
     command = [sys.executable, "-m", "flows.cli", "frontier", params, "--json"]
     for override in [f"seeds={seeds}", *more, *settings]:
@@ -83,36 +91,54 @@ def frontier(params: str, seeds: list[int], settings: list[str], more: list[str]
     return rows
 
 
-def compute(params: str, seeds: list[int], settings: list[str], more: list[str]) -> None:
+def compute(of_seeds: OfSeeds, seeds: list[int]) -> None:
     """Have the stages of a frontier cached; in random order, so that processes share the work."""
     for seed in sample(seeds, len(seeds)):
-        frontier(params, [seed], settings, more)
+        of_seeds([seed])
 
 
-def _best_strength(
-    params: str, seed: int, settings: list[str], strengths: tuple[float, ...], more: list[str]
-) -> list[str]:
-    """The setting with which the cuts of one seed read best on average."""
-    tried = {
-        f"sparse.strength={strength}": frontier(
-            params, [seed], [*settings, f"sparse.strength={strength}"], more
-        )
-        for strength in sample(strengths, len(strengths))
-    }
-    by_accuracy = {setting: mean(row[TUNED] for row in rows[1:]) for setting, rows in tried.items()}
-    return [max(by_accuracy, key=lambda setting: by_accuracy[setting])] if tried else []
+def _at_best_strength(name: str, params: str, more: list[str], seed: int) -> tuple[str, OfSeeds]:
+    """A way with the strength whose cuts of one seed read best on average, and that strength."""
+    settings, grid = WAYS[name]
+    rows_of = _peer if name == PEER else frontier
+
+    def at(strength: float) -> OfSeeds:
+        return partial(rows_of, params, [*settings, f"sparse.strength={strength:.3g}"], more)
+
+    @cache
+    def accuracy(strength: float) -> float:
+        return mean(float(r[TUNED]) for r in at(strength)([seed])[1:] if "control" not in r)
+
+    if not grid:
+        return "", partial(rows_of, params, settings, more)
+    for strength in sample(grid, len(grid)):
+        accuracy(strength)
+    best = best_inside(grid, accuracy)
+    return f"{best:.3g}", at(best)
 
 
-def _peer(params: str, seeds: list[int], more: list[str], reference: Rows) -> Rows:
-    """What the peer makes of the sparse networks of the reference way, as rows like its."""
+def best_inside(grid: tuple[float, ...], accuracy: Callable[[float], float]) -> float:
+    """The best of a geometric series, which grows at the end where that is."""
+    best = max(grid, key=accuracy)
+    if grid[0] < best < grid[-1] or len(grid) >= STRENGTHS:
+        return best
+    step = grid[1] / grid[0]
+    wider = (grid[0] / step, *grid) if best == grid[0] else (*grid, grid[-1] * step)
+    return best_inside(wider, accuracy)
+
+
+def _peer(params: str, settings: list[str], more: list[str], seeds: list[int]) -> Rows:
+    """What the peer makes of the sparse networks of a way, as rows like its."""
     experiment = load_experiment(Path(params), more)
     project.configure_environment()
     rows: Rows = [{"point": "baseline"}]
-    for row in reference[1:]:
+    for row in frontier(params, settings, more, seeds)[1:]:
+        if "control" in row:
+            continue
         of_seeds = []
         for seed in seeds:
             key = row["stages"].get("sparse") or row["stages"][f"sparse_seed_{seed}"]
-            sparse = project.stages_folder() / key / cache.MODEL
+            sparse = project.stages_folder() / key / MODEL
             of_seeds.append(figures(experiment, sparse, row[REQUESTED], seed))
         spread = {f"{n}_std": stdev(f[n] for f in of_seeds) for n in of_seeds[0] if len(seeds) > 1}
         means = {n: mean(f[n] for f in of_seeds) for n in of_seeds[0]}
@@ -120,20 +146,35 @@ def _peer(params: str, seeds: list[int], more: list[str], reference: Rows) -> Ro
     return rows
 
 
+def _with_controls(name: str, rows: Rows) -> dict[str, Rows]:
+    """The rows of a way under its name, those of its controls under names of their own."""
+    kinds = dict.fromkeys(row["control"] for row in rows if "control" in row)
+    own = {name: [row for row in rows if "control" not in row]}
+    controls = {
+        f"{name}: {CONTROLS[kind]}": [rows[0], *(row for row in rows if row.get("control") == kind)]
+        for kind in kinds
+    }
+    return own | controls
+
+
 def table(compared: dict[str, Rows], figure: str) -> list[str]:
     """Markdown: ways down, ratios across; mean over the seeds, standard deviation behind it."""
     points = [row["point"] for row in next(iter(compared.values()))[1:]]
     lines = [f"| | {' | '.join(points)} |", f"| :-- |{' --: |' * len(points)}"]
     for way, rows in compared.items():
-        cells = " | ".join(_cell(row, figure) for row in rows[1:])
-        lines.append(f"| {way} | {cells} |")
+        cut = {row["point"].split()[-1]: row for row in rows[1:]}
+        if any(figure in row for row in cut.values()):
+            cells = " | ".join(_cell(cut.get(point, {}), figure) for point in points)
+            lines.append(f"| {way} | {cells} |")
     return lines
 
 
 def _cell(row: dict[str, Any], figure: str) -> str:
+    if figure not in row:
+        return ""
     spread = f" ± {100 * row[f'{figure}_std']:.1f}" if f"{figure}_std" in row else ""
-    achieved = row["prune/ratio_achieved"]
-    less = f" (cut {achieved:.2f})" if row[REQUESTED] - achieved > SHORT_OF_RATIO else ""
+    achieved = row.get("prune/ratio_achieved", row.get(REQUESTED, 0))
+    less = f" (cut {achieved:.2f})" if row.get(REQUESTED, 0) - achieved > SHORT_OF_RATIO else ""
     return f"{100 * row[figure]:.1f}%{spread}{less}"
 
 

@@ -116,6 +116,8 @@ def preview(
         return
     cuts, verdict = seen["cuts"], seen["readiness"]
     print(verdict["sentence"])
+    if seen["free_ratio"] < verdict["free_ratio"]:
+        print(f"with these floors and this rounding a cut of up to {seen['free_ratio']:g} is free")
     header = ["point", "cut", "live channels cut", "params", "MACs", "size"]
     _print_table(
         f"{experiment.name}: cuts of the sparse network",

@@ -40,7 +40,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     """
     sparse = find_sparse(experiment)
     from crnn.checkpoint import checkpoint_bytes
-    from flows.stages.sparse import plan
+    from flows.stages.sparse import free_ratio, plan
     from flows.stages.targets import ratio_for
     from pruning.cost import macs, parameters
     from pruning.gammas import absolute_gammas, widths
@@ -70,7 +70,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
             }
         )
     verdict = json.loads(sparse.file(cache.READINESS).read_text(encoding="utf-8"))
-    return {"readiness": verdict, "cuts": cuts}
+    return {"readiness": verdict, "free_ratio": free_ratio(index, experiment.prune), "cuts": cuts}
 
 
 def find_sparse(experiment: Experiment) -> Manifest:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -41,6 +42,9 @@ PALETTE = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 SPREAD = f"{ACCURACY}_std"
 """Where there are several seeds: how far they lie apart."""
 
+REQUESTED = "target/requested"
+"""What a point of prune.targets was to cost at most."""
+
 RIDGE = 1.4
 """Height of the highest ridge, in rows: it may reach into the row above."""
 
@@ -70,7 +74,7 @@ def write_report(
     rows: Sequence[Row],
     details_of: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Write frontier.csv, .md, .json, .png and report.html; nothing where they show these rows.
+    """Write frontier.csv, .md, .json, .png and report.html; where they show these rows, say when.
 
     Args:
         folder: Where to.
@@ -81,6 +85,7 @@ def write_report(
     data = json.dumps(rows, indent=1).encode()
     target = folder / ROWS
     if target.exists() and target.read_bytes() == data:
+        os.utime(target)  # The newest sweep is the one that was asked for last.
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "frontier.csv", _csv(rows))
@@ -163,7 +168,8 @@ def latency_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def subject(title: str, rows: Sequence[Row]) -> str:
     """What the accuracies were taken of."""
-    seeds = f", means of {len(rows[0]['seeds'])} seeds" if "seeds" in rows[0] else ""
+    counts = sorted({len(row.get("seeds", "1")) for row in rows})
+    seeds = f", means of {' or '.join(map(str, counts))} seeds" if counts != [1] else ""
     return f"{title}: {int(rows[0]['val/samples'])} val lines{seeds}"
 
 
@@ -352,11 +358,13 @@ def gamma_ridges(layers: dict[str, np.ndarray], title: str) -> np.ndarray:
 def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the frontier as a person reads it."""
     more = [figure for figure in MORE_LATENCIES if any(figure in row for row in rows)]
+    spread, wishes = (any(name in row for row in rows) for name in (SPREAD, REQUESTED))
     header = [
         "point",
         "cut",
+        *(["asked / got"] if wishes else []),
         "word accuracy (95%)",
-        *(["SD of seeds"] if SPREAD in rows[0] else []),
+        *(["SD of seeds"] if spread else []),
         "unseen",
         "NED",
         "params",
@@ -373,8 +381,9 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             [
                 row["point"],
                 "-" if cut is None else f"{100 * cut:.1f}%",
+                *([_wish(row)] if wishes else []),
                 accuracy(row),
-                *([f"{100 * row[SPREAD]:.2f}"] if SPREAD in row else []),
+                *([f"{100 * row[SPREAD]:.2f}" if SPREAD in row else "-"] if spread else []),
                 "-" if unseen is None else f"{100 * unseen:.1f}%",
                 f"{row['val/ned']:.3f}",
                 f"{row['cost/params_total'] / 1e6:.3f} M",
@@ -388,3 +397,11 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, cells
+
+
+def _wish(row: Row) -> str:
+    """What a target asked for, and what the search found for it."""
+    names = (REQUESTED, "target/achieved")
+    if REQUESTED not in row:
+        return "-"
+    return " / ".join(f"{row[n]:,.0f}" if row[n] >= 1000 else f"{row[n]:.4g}" for n in names)

@@ -78,7 +78,8 @@ def row_of(variant: Variant, cost: Manifest, times: Manifest) -> Row:
     """
     model, exported = variant.model, variant.exported
     control = next((name for name in variant.stages if name in CONTROLS), None)
-    wish = variant.stages["target"].metrics if "target" in variant.stages else {}
+    wished = "target" in variant.stages and not variant.is_int8  # Which costs something else.
+    wish = variant.stages["target"].metrics if wished else {}
     row: Row = {
         "point": variant.point,
         **({"control": control} if control else {}),

@@ -8,7 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from crnn.checkpoint import Checkpoint, checkpoint_bytes
 from crnn.data.images import HEIGHT
+from crnn.errors import SettingsError
 from crnn.networks.recogniser import Recogniser
 
 LINE_WIDTH = 128
@@ -79,3 +81,27 @@ def interleaved_ms(runs: Mapping[K, Callable[[], object]], rounds: int) -> dict[
             if number >= WARM_UP:
                 times[name].append(1000 * (time.perf_counter() - begun))
     return times
+
+
+COSTS: dict[str, Callable[[Checkpoint], float]] = {
+    "size_mb": lambda network: len(checkpoint_bytes(network)) / 1e6,
+    "params": lambda network: parameters(network.model)["total"],
+    "macs": lambda network: macs(network.model),
+    "latency_ms": lambda network: latency_ms(network.model),
+}
+"""What each key of prune.targets measures."""
+
+
+def out_of_reach(kind: str, value: float, nearest: float, ratio: float) -> SettingsError:
+    """The refusal of a target.
+
+    Args:
+        kind: Key of COSTS.
+        value: What was asked for.
+        nearest: The least that a cut costs.
+        ratio: Of that cut.
+    """
+    return SettingsError(
+        f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
+        f" {round(nearest, 3):,.10g}, at ratio {ratio:g}, the largest that the floors allow"
+    )

@@ -13,6 +13,9 @@ from pruning.sparsity import floor_of
 SLACK = 0.01
 """Word accuracy that a sparse network may lose and still count as having had channels to spare."""
 
+REACHED = 0.99
+"""Share of the channels to drive to zero that have to be there."""
+
 
 @dataclass(frozen=True)
 class Readiness:
@@ -42,7 +45,8 @@ def readiness(
 ) -> Readiness:
     """Judge a network at the end of its sparse stage.
 
-    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a group always stays.
+    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a group always stays;
+    floors and rounding of a cut may keep more.
 
     Args:
         model: The network.
@@ -61,9 +65,11 @@ def readiness(
         for name in names
         if settings.method == "auto" and live[name] <= floor_of(channels[name]) < channels[name]
     ]
-    parts = [f"a cut of up to {free:g} is free: {dead} of {total} channels are dead"]
+    parts = [_cut_part(settings, free, dead, total)]
     parts += _accuracy_part(accuracy, baseline, free)
     parts += [f"at their floor: {', '.join(at_floor)}"] if at_floor else []
+    if settings.method == "auto" and dead < REACHED * int(settings.target_ratio * total):
+        parts.append(f"sparse.target_ratio {settings.target_ratio:g} was not reached")
     if dead == 0 and settings.method != "auto":
         parts.append("raise sparse.strength or take sparse.method auto")
     return Readiness("; ".join(parts), free, accuracy, baseline, live, channels, at_floor)
@@ -78,6 +84,17 @@ def live_removed(gammas: Sequence[Tensor], masks: Sequence[Tensor]) -> int:
     """
     pairs = zip(gammas, masks, strict=True)
     return sum(int((~mask & (gamma.cpu() >= NEAR_ZERO)).sum()) for gamma, mask in pairs)
+
+
+def _cut_part(settings: SparseSettings, free: float, dead: int, channels: int) -> str:
+    if dead == 0:
+        return f"every cut takes live channels: none of {channels} is dead"
+    if settings.method == "auto":
+        return f"a cut of up to {free:g} is free: {dead} of {channels} channels are dead"
+    return (  # The others leave a beta, which a zero-padded border does not let fold exactly.
+        f"a cut of up to {free:g} takes hardly more than constants: {dead} of {channels} channels"
+        f" have |gamma| under {NEAR_ZERO:g}"
+    )
 
 
 def _accuracy_part(accuracy: float, baseline: float | None, free: float) -> list[str]:

@@ -31,10 +31,10 @@ def scratch(work: Work) -> Outcome:
 def small(work: Work) -> Outcome:
     """Train an uncut network with about as many parameters as a cut one, all layers narrower."""
     pruned = load_checkpoint(work.input("prune")).model
-    width = width_for(parameters(pruned)["total"], pruned.settings, pruned.classes)
+    settings = small_settings(pruned)
     torch.manual_seed(work.settings["seed"])
-    model = Recogniser(pruned.settings.model_copy(update={"width": width}), pruned.classes)
-    return MODEL, {**_train_control(work, pruned, model), "control/width": width}
+    model = Recogniser(settings, pruned.classes)
+    return MODEL, {**_train_control(work, pruned, model), "control/width": settings.width}
 
 
 def _train_control(work: Work, pruned: Recogniser, model: Recogniser) -> dict[str, float]:
@@ -69,6 +69,16 @@ def epochs_for(total: float, macs_of_control: int) -> int:
         macs_of_control: Multiply-adds of one line.
     """
     return max(1, round(total / macs_of_control))
+
+
+def small_settings(pruned: Recogniser) -> ModelSettings:
+    """Of the uncut network as small: the hidden units of the cut one, and the width that is left.
+
+    With all of the units, little or nothing would be left for the channels of such a rival.
+    """
+    settings = pruned.settings.model_copy(update={"hidden": pruned.rnn.hidden_size})
+    width = width_for(parameters(pruned)["total"], settings, pruned.classes)
+    return settings.model_copy(update={"width": width})
 
 
 def width_for(count: int, settings: ModelSettings, classes: int) -> float:

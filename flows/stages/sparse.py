@@ -8,6 +8,7 @@ dead. With the other methods channels come back, and only the last epoch counts.
 
 import copy
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from flows.rows import ACCURACY
 from flows.stages.training import fresh_model, history, refuse_impossible_cuts, teacher_of, train
 from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import absolute_gammas, widths
-from pruning.readiness import Readiness, readiness
-from pruning.selection import keep_masks
+from pruning.readiness import Readiness, live_removed, readiness
+from pruning.selection import keep_masks, largest_ratio
 from pruning.settings import PruneSettings, SparseSettings
 from pruning.sparsity import penalty_of
 
@@ -81,6 +82,24 @@ def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint
             return _network(index, network), masks
     last = _network(index, content["networks"][-1])
     return last, keep_masks(absolute_gammas(last.model), ratio, settings, deaths)
+
+
+def free_ratio(index: Path, settings: PruneSettings) -> float:
+    """Largest ratio of four decimals whose cut, with its floors and rounding, is free.
+
+    Args:
+        index: Result file of the sparse stage.
+        settings: Selection rule, floors, rounding.
+    """
+    content = json.loads(index.read_text(encoding="utf-8"))
+    deaths = [torch.tensor(layer) for layer in content["deaths"]]
+    gammas = absolute_gammas(_network(index, content["networks"][-1]).model)
+
+    def takes_live(basis_points: int) -> bool:
+        return live_removed(gammas, keep_masks(gammas, basis_points / 10_000, settings, deaths)) > 0
+
+    points = range(round(10_000 * largest_ratio(gammas, settings)) + 1)
+    return max(0, bisect_left(points, True, key=takes_live) - 1) / 10_000
 
 
 def _network(index: Path, entry: dict[str, Any]) -> Checkpoint:

@@ -1,28 +1,17 @@
 """Finding the prune ratio that meets a wish for size or speed, without training."""
 
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from crnn.checkpoint import Checkpoint, checkpoint_bytes
-from crnn.errors import SettingsError
 from flows.stages.sparse import plan
 from flows.stages.work import Outcome, Work
-from pruning.cost import latency_ms, macs, parameters
+from pruning.cost import COSTS, out_of_reach
 from pruning.gammas import absolute_gammas
 from pruning.selection import largest_ratio
 from pruning.settings import PruneSettings
 from pruning.slimming import slim
-
-COSTS: dict[str, Callable[[Checkpoint], float]] = {
-    "size_mb": lambda network: len(checkpoint_bytes(network)) / 1e6,
-    "params": lambda network: parameters(network.model)["total"],
-    "macs": lambda network: macs(network.model),
-    "latency_ms": lambda network: latency_ms(network.model),
-}
-"""What each key of prune.targets measures."""
 
 
 def target(work: Work) -> Outcome:
@@ -59,11 +48,8 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
     uncut, _ = plan(index, 0, settings)
     highest = round(10_000 * largest_ratio(absolute_gammas(uncut.model), settings))
     if cost(highest) > value:
-        raise SettingsError(
-            f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
-            f" {round(cost(highest), 3):,.10g}, at ratio {highest / 10_000:g}, the largest that"
-            " the floors allow"
-        )
-    # A higher ratio keeps a subset of the channels, and never costs more.
+        raise out_of_reach(kind, value, cost(highest), highest / 10_000)
+    # A higher ratio keeps a subset of the channels, and never costs more; its milliseconds may
+    # differ by what the machine's vary by.
     found = bisect_left(range(highest), True, key=lambda point: cost(point) <= value)
     return found / 10_000, cost(found)

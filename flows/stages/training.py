@@ -20,8 +20,9 @@ from crnn.training import Penalty, Run, Teacher, fit, recalibrate, start
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL, STATE
 from flows.stages.work import Outcome, Work
+from pruning.cost import COSTS, out_of_reach
 from pruning.gammas import absolute_gammas, gamma_statistics, widths
-from pruning.selection import keep_masks
+from pruning.selection import keep_masks, largest_ratio
 from pruning.settings import FinetuneSettings, PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import refuse_uncuttable
@@ -82,9 +83,16 @@ def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
     if not work.job["cuts"]:
         return
     settings = PruneSettings.model_validate(work.job["prune"])
-    deepest = max(work.job["ratios"], default=0)
+    gammas = absolute_gammas(model)
     refuse_uncuttable(model)
-    slim(model, keep_masks(absolute_gammas(model), deepest, settings), settings)
+    slim(model, keep_masks(gammas, max(work.job["ratios"], default=0), settings), settings)
+    if wishes := settings.targets.wishes():
+        highest = largest_ratio(gammas, settings)
+        narrow = slim(model, keep_masks(gammas, highest, settings), settings)
+        network = work.checkpoint(narrow, "finetune")
+        for kind, value in wishes.items():
+            if (cost := COSTS[kind](network)) > value:
+                raise out_of_reach(kind, value, cost, highest)
 
 
 def train(

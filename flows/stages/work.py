@@ -120,7 +120,11 @@ class Work:
 
     def save_model(self, path: Path, model: Recogniser) -> None:
         """Write a checkpoint with the charset and geometry of the data."""
-        save_checkpoint(path, Checkpoint(model, *self._reading(), self.job["stage"]))
+        save_checkpoint(path, self.checkpoint(model, self.job["stage"]))
+
+    def checkpoint(self, model: Recogniser, stage: str) -> Checkpoint:
+        """A network with the charset and geometry of the data, as a stage would save it."""
+        return Checkpoint(model, *self._reading(), stage)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of the finished stage."""

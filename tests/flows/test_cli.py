@@ -69,6 +69,19 @@ def test_a_ratio_beyond_the_floors_is_refused_before_anything_is_trained(tmp_pat
     assert set(project.manifests()) == {"data"}
 
 
+@pytest.mark.parametrize("wish", ["params: 10", "macs: 10", "size_mb: 0.001", "latency_ms: 1e-6"])
+def test_a_target_out_of_reach_is_refused_before_anything_is_trained(
+    tmp_path: Path, wish: str
+) -> None:
+    project = new_project(tmp_path)
+    wished = ("--set", f"prune.targets={{{wish}}}")
+    result = project.run("frontier", str(project.params), *wished, code=2)
+    kind = wish.partition(":")[0]
+    assert f"prune.targets.{kind} " in only_line(result)
+    assert "is out of reach; the nearest is" in only_line(result)
+    assert set(project.manifests()) == {"data"}
+
+
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:
     project = new_project(tmp_path)
     wrong = ("frontier", str(project.params), "--set", "seed=-1")

@@ -19,9 +19,12 @@ from flows.comparison import comparisons
 from flows.definitions import control_stage
 from flows.experiment import Experiment
 from flows.report import table_cells
-from flows.stages.controls import epochs_for, fresh, width_for
+from flows.stages.controls import epochs_for, fresh, small_settings, width_for
 from pruning.cost import parameters
-from pruning.gammas import norms_of
+from pruning.gammas import absolute_gammas, norms_of
+from pruning.selection import keep_masks
+from pruning.settings import PruneSettings
+from pruning.slimming import slim
 from pruning.surgery import cut
 from tests.conftest import random_recogniser
 from tests.flows.conftest import TINY, Project, computed, copy_of, points_of, runs_of
@@ -78,6 +81,17 @@ def test_the_width_found_is_the_largest_of_all_with_few_enough_parameters(
     assert found == max(fitting, default=0.0001)
     model = Recogniser(settings.model_copy(update={"width": found}), 11)
     assert parameters(model)["total"] == parameters_of(found, 8, 11)
+
+
+def test_a_small_network_has_as_few_hidden_units_as_the_cut_one() -> None:
+    model = random_recogniser(width=0.2)
+    gammas = absolute_gammas(model)
+    settings = PruneSettings(lstm_ratio=0.5)
+    pruned = slim(model, keep_masks(gammas, 0.5, settings), settings)
+    found = small_settings(pruned)
+    assert found.hidden == pruned.rnn.hidden_size == 4
+    count = parameters(Recogniser(found, pruned.classes))["total"]
+    assert 0.95 * parameters(pruned)["total"] < count <= parameters(pruned)["total"]
 
 
 def test_a_network_from_scratch_has_the_weights_of_a_new_one() -> None:

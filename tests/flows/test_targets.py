@@ -12,8 +12,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crnn.errors import SettingsError
-from flows.stages.sparse import plan
-from flows.stages.targets import COSTS, ratio_for
+from flows.stages.sparse import free_ratio, plan
+from flows.stages.targets import ratio_for
+from pruning.cost import COSTS
 from pruning.gammas import absolute_gammas
 from pruning.readiness import live_removed
 from pruning.settings import PruneSettings
@@ -49,6 +50,17 @@ def test_a_target_is_met_by_the_lowest_ratio_that_can(
     assert achieved == cost_at(index, kind, ratio, settings) <= share * uncut
     lower = [ratio - step for step in (0.0001, 0.01, 0.05, 0.1) if step <= ratio]
     assert all(cost_at(index, kind, round(r, 4), settings) > share * uncut for r in lower)
+
+
+@pytest.mark.parametrize(
+    "settings", [PruneSettings(), PruneSettings(min_ratio=0.3), PruneSettings(round_to=4)]
+)
+def test_floors_and_rounding_count_in_what_is_free(index: Path, settings: PruneSettings) -> None:
+    free = free_ratio(index, settings)
+    assert free > 0.6 if settings == PruneSettings() else 0 < free < 0.6
+    for ratio, taken in ((free, False), (round(free + 1e-4, 4), True)):
+        uncut, masks = plan(index, ratio, settings)
+        assert (live_removed(absolute_gammas(uncut.model), masks) > 0) is taken
 
 
 def cost_at(index: Path, kind: str, ratio: float, settings: PruneSettings) -> float:

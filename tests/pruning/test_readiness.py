@@ -41,11 +41,20 @@ def test_the_sentence_says_what_limits_and_what_is_to_be_regained() -> None:
     assert "it reads 70.0%, the baseline 85.0%: there is no slack" in verdict.sentence
     assert "15.0 points to regain" in verdict.sentence
     assert "at their floor: cnn.1" in verdict.sentence
+    assert "sparse.target_ratio 0.87 was not reached" in verdict.sentence
     assert "there is slack" in readiness(model, AUTO, 0.845, 0.85).sentence
     assert "train longer" in readiness(model, AUTO, 0.0, 0.0).sentence
 
 
 def test_a_network_without_dead_channels_says_what_to_do() -> None:
     verdict = readiness(random_recogniser(width=0.1), PROXIMAL, 0.8, 0.8)
-    assert "0 of" in verdict.sentence
+    assert verdict.sentence.startswith("every cut takes live channels: none of")
     assert verdict.sentence.endswith("raise sparse.strength or take sparse.method auto")
+
+
+def test_what_a_penalty_leaves_of_a_channel_is_a_constant_and_not_called_free() -> None:
+    model = random_recogniser(width=0.1)
+    next(iter(norms_of(model).values())).weight.data[1:] = 0
+    sentence = readiness(model, PROXIMAL, 0.8, 0.8).sentence
+    assert "takes hardly more than constants" in sentence
+    assert "free" not in sentence
