@@ -62,11 +62,22 @@ def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
         "model": model.settings.model_dump_json(),
         "charset": checkpoint.charset.characters,
         "geometry": json.dumps(
-            {"height": HEIGHT, "max_width": checkpoint.max_width, "stride": model.stride}
+            {
+                "height": HEIGHT,
+                "max_width": checkpoint.max_width,
+                "stride": model.stride,
+                **_strides(model),
+            }
         ),
         "stage": checkpoint.stage,
     }
     return _serialised(model.state_dict(), metadata)
+
+
+def _strides(model: Recogniser) -> dict[str, str]:
+    """All strides of a network of timm, as one entry; nothing for VGG13, which has only one way."""
+    found = getattr(model.cnn, "strides", None)
+    return {"strides": json.dumps(found())} if found else {}
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -79,8 +90,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         settings = ModelSettings.model_validate_json(metadata["model"])
         charset = Charset(metadata["charset"])
-        max_width = int(json.loads(metadata["geometry"])["max_width"])
+        geometry = json.loads(metadata["geometry"])
+        max_width = int(geometry["max_width"])
         model = recogniser_of(settings, charset.classes, tensors)
+        if _strides(model).items() - geometry.items():
+            raise CheckpointError(
+                f"this version of the program, or of timm, builds {settings.backbone} with other"
+                " strides than it was trained with"
+            )
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} is unusable: {error}") from error
     except (KeyError, TypeError, ValueError, ValidationError, UserError) as error:

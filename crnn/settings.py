@@ -4,9 +4,10 @@ Every field here changes the result, so each is part of a stage's cache key. Wha
 (devices, loader workers, paths) is decided elsewhere.
 """
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PLAIN_ALPHABET = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 """Digits and capitals without I and O, which many fonts draw like 1 and 0."""
@@ -76,9 +77,20 @@ class ModelSettings(Settings):
     timm, which has the channels it has.
     """
 
-    backbone: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")] = VGG13
+    backbone: str = VGG13
     width: Annotated[float, Field(gt=0, le=4)] = 1.0
     hidden: Annotated[int, Field(ge=1, le=1024)] = 48
+
+    @field_validator("backbone")
+    @classmethod
+    def _named_as_timm_names(cls, name: str) -> str:
+        fitting = re.sub(r"[^a-z0-9_.]", "_", name.lower())
+        if not name or name != fitting:
+            raise ValueError(
+                f"a backbone has small letters, digits, _ and . in its name; did you mean"
+                f" {fitting or VGG13}?"
+            )
+        return name
 
     @model_validator(mode="after")
     def _width_of_vgg13_alone(self) -> Self:
@@ -158,4 +170,6 @@ class TeacherSettings(BaselineSettings):
     def _has_no_teacher(self) -> Self:
         if self.distill is not None:
             raise ValueError("distill is for those who are taught, and a teacher is not")
+        if self.checkpoint and "model" in self.model_fields_set:
+            raise ValueError("the checkpoint says what the teacher is: leave out model, or it")
         return self

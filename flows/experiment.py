@@ -108,7 +108,8 @@ class ControlSettings(Settings):
     Attributes:
         scratch: The architecture of a cut, from fresh weights.
         small: An uncut network with about as many parameters as the cut one.
-        ratios: Those of the experiment's ratios that get controls; None: all of them.
+        ratios: Those of the experiment's ratios that get controls; None: all of them. Targets
+            have none.
     """
 
     scratch: bool = False
@@ -188,6 +189,14 @@ class Experiment(Settings):
     def _taught_by_somebody(self) -> Self:
         if self.baseline.distill and not self.teacher:
             raise ValueError("baseline.distill needs a teacher section, and there is none")
+        if self.baseline.distill and self.baseline.epochs == 0:
+            raise ValueError("baseline.distill needs epochs to learn in, and baseline.epochs is 0")
+        taught = (self.baseline.distill, self.sparse.distill, self.finetune.distill)
+        if self.teacher and not any(taught):
+            raise ValueError(
+                "the teacher teaches nobody: set baseline.distill, sparse.distill or"
+                " finetune.distill, or leave out the section"
+            )
         return self
 
     @model_validator(mode="after")
@@ -243,10 +252,18 @@ def load_experiment(
         _set(tree, override)
     if ratios is not None:
         tree["ratios"] = list(ratios)
+        _keep_controls_of(tree, ratios)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
         raise SettingsError(f"{path}: {_explain(error.errors())}") from error
+
+
+def _keep_controls_of(tree: dict[str, Any], ratios: Sequence[float]) -> None:
+    """Of the ratios that the file gives controls, leave those that are computed now."""
+    controls = tree.get("controls")
+    if isinstance(controls, dict) and isinstance(named := controls.get("ratios"), list):
+        tree["controls"] = {**controls, "ratios": [ratio for ratio in named if ratio in ratios]}
 
 
 UNION_MEMBERS = ("str", "constrained-int", "literal['auto']", "int")

@@ -93,6 +93,7 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     forecast = forecast_of(experiment, parallel_finetunes(experiment))
     stop = threading.Event()
     context = Context(experiment, tracker, [], forecast, stop, experiment.training_seeds[0])
+    _warn_beyond_target(experiment)
     try:
         with runner(experiment.execution), attended(experiment.name, forecast, stop):
             try:
@@ -125,6 +126,17 @@ def _require_servers_for_all(execution: ExecutionSettings) -> None:
         raise SettingsError(
             f"execution.runner: {execution.runner} needs an MLflow server that all machines use:"
             " set MLFLOW_TRACKING_URI"
+        )
+
+
+def _warn_beyond_target(experiment: Experiment) -> None:
+    """Say, before it takes hours, which ratios `auto` will not have prepared a cut for."""
+    target = experiment.sparse.target_ratio
+    beyond = ", ".join(f"{ratio:g}" for ratio in experiment.ratios if ratio > target)
+    if beyond and experiment.sparse.method == "auto":
+        display.say(
+            f"ratio {beyond} is above sparse.target_ratio {target:g}: live channels will go, and"
+            " what they do is lost as far as fine-tuning does not regain it"
         )
 
 

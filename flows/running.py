@@ -19,7 +19,11 @@ from flows.experiment import Experiment
 from flows.forecast import Forecast, forecast_of
 from flows.leases import lease
 from flows.locks import seats, single_flight
+from flows.rows import ACCURACY
 from flows.tracking import Tracker
+
+FREE = 0.2
+"""Points of word accuracy that a cut may cost unmentioned."""
 
 SHORT_OF_RATIO = 0.02
 """How far below its ratio a cut may stay unmentioned."""
@@ -85,6 +89,9 @@ def _say_how_it_cut(manifest: Manifest) -> None:
             f"{manifest.label}: live channels go: {live:.0f}, and what they did is lost as far as"
             " fine-tuning does not regain it"
         )
+    lost = 100 * (figures.get("prune/word_accuracy_before", 0) - figures.get(ACCURACY, 0))
+    if manifest.stage == "prune" and lost > FREE:
+        display.say(f"{manifest.label}: the cut itself lost {lost:.1f} points of word accuracy")
     achieved = figures.get("prune/ratio_achieved", 1)
     if figures.get("prune/ratio_requested", 0) - achieved > SHORT_OF_RATIO:
         display.say(
@@ -226,6 +233,13 @@ def _refuse_other_samples(experiment: Experiment, stage: Stage, work: Path) -> N
         )
 
 
+def _student(experiment: Experiment, stage: Stage) -> str | dict[str, Any] | None:
+    """Of a teacher: checkpoint or settings of the network that it will teach, which is cut."""
+    if not stage.label.startswith(definitions.TEACHER):
+        return None
+    return experiment.baseline.checkpoint or experiment.model.model_dump(mode="json")
+
+
 def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:
     """All a stage's process is told: settings, upstream files, and how to use the machine."""
     execution = experiment.execution
@@ -239,7 +253,7 @@ def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[
         "seed": experiment.seed,
         "ratios": experiment.ratios,
         "prune": experiment.prune.model_dump(mode="json"),
-        "cuts": not stage.label.startswith(definitions.TEACHER),
+        "student": _student(experiment, stage),
         "checkpoint": definitions.checkpoint_of(experiment, stage),
         "inputs": {
             name: {"key": m.key, "file": str(m.file(m.result).resolve()), "sha256": m.digest}

@@ -45,6 +45,10 @@ class TimmBackbone(nn.Module):
         features: Tensor = self.net.forward_features(images)  # type: ignore[operator]
         return features
 
+    def strides(self) -> dict[str, str]:
+        """Of every layer that has them. No weight holds them, and the name does not tell them."""
+        return {n: str(m.stride) for n, m in self.net.named_modules() if hasattr(m, "stride")}
+
 
 def timm_backbone(name: str) -> tuple[TimmBackbone, int]:
     """Build a network with fresh weights and make it fit for text lines.
@@ -99,6 +103,8 @@ def _fitted(name: str, backbone: TimmBackbone) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
+    if not isinstance(features, Tensor):
+        raise _cannot_serve(name, "it gives several feature maps, and one is needed")
     if features.ndim != 4 or tuple(features.shape[2:]) != (1, PROBE_WIDTH // STRIDE):
         raise _cannot_serve(
             name,
@@ -116,6 +122,8 @@ def _fitted(name: str, backbone: TimmBackbone) -> Tensor:
 def _keep_width(module: Any, inputs: tuple[Tensor, ...]) -> None:
     """Before a layer runs: let it halve the height alone, but for the first and a late one."""
     strides = module.stride if isinstance(module.stride, tuple) else (module.stride,) * 2
+    if inputs[0].ndim != 4:
+        return  # Its stride is not one over the image.
     height, width = inputs[0].shape[2:]
     may_halve = width > PROBE_WIDTH // STRIDE and (height == HEIGHT or height <= LATE)
     if strides[0] < 2 or may_halve:

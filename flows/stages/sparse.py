@@ -26,7 +26,7 @@ from crnn.training import Run
 from flows.cache import MODEL, READINESS, SNAPSHOTS
 from flows.report import readiness_picture
 from flows.rows import ACCURACY
-from flows.stages.training import fresh_model, history, refuse_impossible_cuts, teacher_of, train
+from flows.stages.training import history, initial_model, refuse_impossible_cuts, teacher_of, train
 from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import absolute_gammas, widths
 from pruning.readiness import Readiness, live_removed, readiness
@@ -47,7 +47,7 @@ def sparse(work: Work) -> Outcome:
     """
     settings = SparseSettings.model_validate(work.settings["train"])
     given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
-    model = fresh_model(work) if given is None else copy.deepcopy(given)
+    model = copy.deepcopy(given) if given else initial_model(work, work.settings["model"])
     refuse_impossible_cuts(work, model)
     look = _snapshots(work) if settings.method == "auto" and rank() == 0 else None
     teacher = teacher_of(work, settings.distill)

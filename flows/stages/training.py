@@ -16,7 +16,7 @@ from crnn.evaluation import evaluate
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import BaselineSettings, ModelSettings, TrainSettings
-from crnn.training import Penalty, Run, Teacher, fit, recalibrate, start
+from crnn.training import Penalty, Run, Teacher, fit, recalibrate, standardise, start
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL, STATE
 from flows.stages.work import Outcome, Work
@@ -27,11 +27,15 @@ from pruning.settings import FinetuneSettings, PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import refuse_uncuttable
 
+FIRST_LINES = 64
+"""Training lines from which the features of a fresh network are known."""
+
 
 def baseline(work: Work) -> Outcome:
     """Train the uncut network, from scratch or from a checkpoint."""
-    model = _given_model(work) if "checkpoint" in work.settings else fresh_model(work)
-    refuse_impossible_cuts(work, model)
+    model = initial_model(work, work.job["checkpoint"] or work.settings["model"])
+    student = work.job["student"]  # It is looked at before hours are spent on its teacher.
+    refuse_impossible_cuts(work, initial_model(work, student) if student else model)
     work.write_summary(model)
     given = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
     settings = BaselineSettings.model_validate(given)
@@ -59,29 +63,41 @@ def teacher_of(work: Work, weight: float) -> Teacher | None:
     return Teacher(load_checkpoint(work.input(names[0])).model, weight)
 
 
-def fresh_model(work: Work) -> Recogniser:
-    """The uncut network of the settings, initialised from the seed."""
+def initial_model(work: Work, origin: str | dict[str, Any]) -> Recogniser:
+    """The network of a checkpoint, or an uncut one of such settings, initialised from the seed.
+
+    Args:
+        work: Data, charset and seed.
+        origin: Path of the checkpoint, or model settings.
+
+    Raises:
+        CheckpointError: The checkpoint is unusable or reads other characters than the data have.
+    """
+    charset = work.lines("train").charset
+    if isinstance(origin, str):
+        given = load_checkpoint(Path(origin))
+        if given.charset != charset:
+            raise CheckpointError(
+                f"checkpoint {origin} reads other characters than the data have:"
+                f" {_first_difference(given.charset.characters, charset.characters)}; set"
+                " data.charset to the charset the checkpoint was trained with"
+            )
+        return given.model
     torch.manual_seed(work.settings["seed"])
-    settings = ModelSettings.model_validate(work.settings["model"])
-    return Recogniser(settings, work.lines("train").charset.classes)
+    model = Recogniser(ModelSettings.model_validate(origin), charset.classes)
+    standardise(model, work.lines("train").sample(FIRST_LINES))
+    return model
 
 
-def _given_model(work: Work) -> Recogniser:
-    path = Path(work.job["checkpoint"])
-    given, charset = load_checkpoint(path), work.lines("train").charset
-    if given.charset != charset:
-        raise CheckpointError(
-            f"checkpoint {path} reads {len(given.charset.characters)} characters, the data has"
-            f" {len(charset.characters)}, and they are not the same; set data.charset to the"
-            " charset the checkpoint was trained with"
-        )
-    return given.model
+def _first_difference(given: str, wanted: str) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(given, wanted, strict=False)) if a != b), None)
+    if place is None:
+        return f"{len(given)}, and the data {len(wanted)}"
+    return f"its character {place + 1} is {given[place]!r}, that of the data {wanted[place]!r}"
 
 
 def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
-    """Before hours of training: try the deepest cut on the network as it is, if any is to come."""
-    if not work.job["cuts"]:
-        return
+    """Before hours of training: try the deepest cut on the network as it is."""
     settings = PruneSettings.model_validate(work.job["prune"])
     gammas = absolute_gammas(model)
     refuse_uncuttable(model)

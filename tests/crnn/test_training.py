@@ -19,6 +19,7 @@ from crnn.training import (
     fit,
     learning_rate_at,
     recalibrate,
+    standardise,
     start,
     train_step,
 )
@@ -30,7 +31,8 @@ OFF = AugmentSettings(affine=0, blur=0, noise=0, contrast=0, jpeg=0)
 def test_a_small_network_learns_a_few_lines_by_heart(lines: Lines) -> None:
     torch.manual_seed(0)
     model = Recogniser(ModelSettings(width=0.25), lines.charset.classes)
-    settings = TrainSettings(epochs=120, batch_size=4, learning_rate=4e-3, augment=OFF)
+    standardise(model, lines)
+    settings = TrainSettings(epochs=80, batch_size=4, learning_rate=4e-3, augment=OFF)
     losses: list[float] = []
     fit(
         start(model, settings, 0),
@@ -38,9 +40,26 @@ def test_a_small_network_learns_a_few_lines_by_heart(lines: Lines) -> None:
         settings,
         on_epoch=lambda m: losses.append(m["train/loss"]),
     )
-    assert len(losses) == 120
+    assert len(losses) == 80
     assert losses[-1] < 0.1 < losses[0]
     assert evaluate(model, lines, set())["val/word_accuracy"] > 0.9
+
+
+def test_the_lstm_of_a_fresh_network_reads_standardised_features(lines: Lines) -> None:
+    torch.manual_seed(0)
+    model = Recogniser(ModelSettings(width=0.1, hidden=8), lines.charset.classes)
+    plain = copy.deepcopy(model.rnn)
+    standardise(model, lines)
+    batches = list(evaluation_batches(lines))
+    with torch.no_grad():
+        read = [model.eval().features(normalise(batch.images)) for batch in batches]
+        own = [
+            torch.arange(len(f))[:, None] < b.widths // 4
+            for f, b in zip(read, batches, strict=True)
+        ]
+        frames = torch.cat([f[o] for f, o in zip(read, own, strict=True)])
+        standard = (read[0] - frames.mean(0)) / (frames.std(0, correction=0) + 1e-3)
+        assert torch.allclose(plain(standard)[0], model.rnn(read[0])[0], atol=1e-4)
 
 
 def test_the_loss_looks_at_each_line_s_own_frames_only(lines: Lines) -> None:

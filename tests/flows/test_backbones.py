@@ -20,6 +20,13 @@ TAUGHT = {
 }
 
 
+def test_what_cannot_be_cut_is_refused_before_its_teacher_is_trained(tmp_path: Path) -> None:
+    project = new_project(tmp_path, **TAUGHT, prune={"min_ratio": 0.9})
+    refused = project.run("frontier", str(project.params), code=2)
+    assert "prune ratio 0.5 would remove" in refused.stderr
+    assert set(project.manifests()) == {"data"}
+
+
 def test_a_student_of_timm_is_taught_cut_and_compared(tmp_path: Path) -> None:
     project = new_project(tmp_path, **TAUGHT)
     result = project.frontier()

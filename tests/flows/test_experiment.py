@@ -39,6 +39,8 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
     named = load_experiment(tiny, ["controls={scratch: true, small: true, ratios: [0.6]}"]).controls
     assert [named.kinds(ratio) for ratio in (0.3, 0.6)] == [[], ["scratch", "small"]]
     assert load_experiment(tiny).controls.kinds(0.3) == []
+    of_one = load_experiment(tiny, ["controls={small: true, ratios: [0.3, 0.6]}"], [0.6, 0.7])
+    assert of_one.controls.ratios == (0.6,), "those that are not computed are left out"
     targets_alone = ["ratios=[]", "prune.targets.params=9", "controls.small=true"]
     with pytest.raises(SettingsError, match="controls belong to ratios"):
         load_experiment(tiny, targets_alone)
@@ -72,6 +74,9 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
         ("controls.ratios=[0.12345]", r"at most four decimals"),
         ("prune.lstm_ratio=1", r"prune.lstm_ratio: .*less than 1, not 1"),
         ("prune.head_rank=0", r"prune.head_rank: .*greater than or equal to 1, not 0"),
+        ("model.backbone=MobileNetV3-small_100", r"did you mean mobilenetv3_small_100\?"),
+        ("baseline.distill=1", r"baseline.distill needs a teacher section"),
+        ("teacher={checkpoint: a, epochs: 0, model: {hidden: 8}}", r"leave out model, or it$"),
         ("data.train=true", r"data.train: .*not True"),
         ("sparse.method=proximal", r"which need it.*method proximal, strength None"),
         ("sparse.strength=0.1", r"for no other; method auto, strength 0.1"),

@@ -88,6 +88,7 @@ def test_a_new_ratio_computes_its_own_stages_only(finished: Finished, tmp_path: 
     # 0.6 is what the sparse stage was asked for, so that only a cut beyond it costs anything.
     warned = [line for line in run.stderr.splitlines() if "live channels go" in line]
     assert [line.split(":")[0] for line in warned] == ["prune 0.65"]
+    assert "ratio 0.65 is above sparse.target_ratio 0.6: live channels will go" in run.stderr
     fours = ["--ratios", "0.6", "--set", "prune.round_to=4"]
     rounded = project.run("frontier", str(project.params), "--json", *fours)
     achieved = json.loads(rounded.stdout)["rows"][1]["prune/ratio_achieved"]

@@ -4,15 +4,19 @@ import copy
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from crnn.charset import Charset
-from crnn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from crnn.errors import SettingsError
+from crnn.checkpoint import Checkpoint, load_checkpoint, reader_of, save_checkpoint
+from crnn.errors import CheckpointError, SettingsError
+from crnn.export import export_onnx
 from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import Recogniser
+from crnn.reading import load_exported
+from crnn.settings import ExportSettings
 from pruning.cost import macs, parameters
 from pruning.coupling import LSTM_INPUTS, groups_of
 from pruning.gammas import absolute_gammas, norms_of, widths
@@ -84,6 +88,24 @@ def test_masked_and_compact_networks_agree_and_shrink_with_the_ratio(
     for before, after in pairwise(costs):
         assert after[0] < before[0]
         assert after[1] < before[1]
+
+
+def test_the_export_of_a_cut_network_reads_as_it_does(network: Recogniser, tmp_path: Path) -> None:
+    masks = keep_masks(absolute_gammas(network), 0.62, PruneSettings())
+    compact = cut(network, masks).float().eval()
+    checkpoint = Checkpoint(compact, Charset("0123456789"), 160, "finetune")
+    export_onnx(tmp_path / "model.onnx", checkpoint, ExportSettings(), {})
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 96, 3), dtype=np.uint8)
+    found = load_exported(tmp_path / "model.onnx").probabilities(pixels)
+    assert np.abs(found - reader_of(checkpoint).probabilities(pixels)).max() < 1e-4
+
+
+def test_other_strides_than_in_training_are_refused(tmp_path: Path) -> None:
+    model = random_network("mobilenetv3_small_100")
+    model.cnn.get_submodule("net.conv_stem").stride = (1, 1)  # What another timm might build.
+    save_checkpoint(tmp_path / "a", Checkpoint(model, Charset("0123456789"), 160, "baseline"))
+    with pytest.raises(CheckpointError, match="other strides than it was trained with"):
+        load_checkpoint(tmp_path / "a")
 
 
 def test_faded_channels_start_again_from_the_same_function(
