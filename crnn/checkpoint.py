@@ -160,18 +160,20 @@ def _refuse_unfit(model: Recogniser, tensors: dict[str, Tensor]) -> None:
     if tensors.keys() != expected.keys():
         missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
         raise CheckpointError(f"missing tensors {sorted(missing)}, unknown {sorted(extra)}")
+    for name in list(model.head.state_dict())[-2:]:  # Weight and bias of the last layer.
+        tensor = tensors[f"head.{name}"]
+        if tensor.ndim and len(tensor) != model.classes:
+            raise CheckpointError(
+                f"tensor head.{name} has {len(tensor)} rows, but the charset makes"
+                f" {model.classes} classes"
+            )
     for name, tensor in tensors.items():
         full = expected[name]
-        same_kind = tensor.dtype.is_floating_point == full.dtype.is_floating_point
-        if tensor.ndim != full.ndim or not same_kind or not _within(tensor.shape, full.shape):
+        if tensor.dtype.is_floating_point != full.dtype.is_floating_point:
+            raise CheckpointError(f"tensor {name} is of {tensor.dtype}, not {full.dtype}")
+        if tensor.ndim != full.ndim or not _within(tensor.shape, full.shape):
             raise CheckpointError(
                 f"tensor {name} is {tuple(tensor.shape)}, at most {tuple(full.shape)} fits"
-            )
-    for name in list(model.head.state_dict())[-2:]:  # Weight and bias of the last layer.
-        if len(tensors[f"head.{name}"]) != model.classes:
-            raise CheckpointError(
-                f"tensor head.{name} has {len(tensors[f'head.{name}'])} rows, but the charset makes"
-                f" {model.classes} classes"
             )
 
 

@@ -152,7 +152,8 @@ def _first_val_line(experiment: Experiment, usable: Path) -> bytes:
 
 def model_card(experiment: Experiment, row: Row, digest: str) -> str:
     """What whoever uses a model has to know, in Markdown."""
-    data, model = experiment.data, experiment.model
+    data, given = experiment.data, experiment.baseline.checkpoint
+    network = f"that of the checkpoint {given}" if given else experiment.model.backbone
     form = "int8" if "int8" in row else "float32"
     cut = row.get("prune/ratio_achieved", 0)
     stages = ", ".join(f"{name} {key}" for name, key in row["stages"].items())
@@ -162,7 +163,7 @@ def model_card(experiment: Experiment, row: Row, digest: str) -> str:
             "",
             "Reads one line of printed text from an image (CRNN: convolutions, BiLSTM, CTC).",
             "",
-            f"- Network: {model.backbone}, {100 * cut:.1f}% of the channels cut,"
+            f"- Network: {network}, {100 * cut:.1f}% of the channels cut,"
             f" {row['cost/params_total'] / 1e6:.3f} M parameters, {form}",
             f"- Word accuracy: {accuracy(row)}, in %, 95% interval, greedy decoding,"
             f" {row['val/samples']:.0f} val lines",

@@ -12,7 +12,7 @@ from typing import Any
 from crnn.charset import Charset
 from crnn.data import images
 from crnn.data.sources import Dataset, Shards, open_source
-from crnn.errors import CheckpointError
+from crnn.errors import CheckpointError, SettingsError
 from crnn.files import sha256, write_atomic
 from crnn.settings import (
     VGG13,
@@ -43,18 +43,18 @@ TRAINING = ("baseline", "sparse", "finetune", "scratch", "small", "qat")
 
 VERSIONS = {
     "data": 2,
-    "baseline": 3,
+    "baseline": 4,
     "sparse": 5,
-    "target": 3,
+    "target": 4,
     "prune": 5,
     "finetune": 3,
-    "scratch": 3,
-    "small": 2,
+    "scratch": 4,
+    "small": 3,
     "export": 3,
     "int8": 7,
     "qat": 4,
     "judge": 2,
-    "measure": 3,
+    "measure": 4,
     "latency": 2,
 }
 """Raise a stage's number when a change of its code changes its result."""
@@ -344,7 +344,21 @@ def open_sources(experiment: Experiment) -> list[Dataset | Shards]:
             _refuse_backbone(model)
     for path in _checkpoints(experiment):
         _digest_of_file(Path(path))
+    if experiment.controls.small and experiment.baseline.checkpoint:
+        _refuse_without_width(experiment.baseline.checkpoint)
     return sources
+
+
+def _refuse_without_width(checkpoint: str) -> None:
+    """Raise a SettingsError where a checkpoint's network has no narrower ones beside it."""
+    from crnn.checkpoint import load_checkpoint
+
+    backbone = load_checkpoint(Path(checkpoint)).model.settings.backbone
+    if backbone != VGG13:
+        raise SettingsError(
+            f"controls.small needs a width factor, which {VGG13} alone has; {checkpoint} is"
+            f" {backbone}"
+        )
 
 
 def _refuse_backbone(settings: ModelSettings) -> None:

@@ -42,7 +42,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     from crnn.checkpoint import checkpoint_bytes
     from flows.stages.sparse import free_ratio, plan
     from flows.stages.targets import ratio_for
-    from pruning.cost import macs, parameters
+    from pruning.cost import as_it_ships, macs, parameters
     from pruning.gammas import absolute_gammas, widths
     from pruning.readiness import live_removed
     from pruning.slimming import slim
@@ -56,7 +56,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     for point, ratio in points:
         uncut, masks = plan(index, ratio, experiment.prune)
         model = slim(uncut.model, masks, experiment.prune)
-        kept = list(widths(model).values())
+        kept, shipped = list(widths(model).values()), as_it_ships(model)
         cuts.append(
             {
                 "point": point,
@@ -64,8 +64,8 @@ def preview(experiment: Experiment) -> dict[str, Any]:
                 "ratio_achieved": 1 - sum(kept) / sum(widths(uncut.model).values()),
                 "widths": kept,
                 "live_removed": live_removed(absolute_gammas(uncut.model), masks),
-                "params": parameters(model)["total"],
-                "macs": macs(model),
+                "params": parameters(shipped)["total"],
+                "macs": macs(shipped),
                 "bytes": len(checkpoint_bytes(replace(uncut, model=model, stage="finetune"))),
             }
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from crnn.checkpoint import Checkpoint, checkpoint_bytes
 from crnn.data.images import HEIGHT
 from crnn.errors import SettingsError
+from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import Recogniser
 
 LINE_WIDTH = 128
@@ -83,11 +84,16 @@ def interleaved_ms(runs: Mapping[K, Callable[[], object]], rounds: int) -> dict[
     return times
 
 
+def as_it_ships(model: Recogniser) -> Recogniser:
+    """The deployed form of a network, which may be the network itself."""
+    return deployed(model) or model
+
+
 COSTS: dict[str, Callable[[Checkpoint], float]] = {
     "size_mb": lambda network: len(checkpoint_bytes(network)) / 1e6,
-    "params": lambda network: parameters(network.model)["total"],
-    "macs": lambda network: macs(network.model),
-    "latency_ms": lambda network: latency_ms(network.model),
+    "params": lambda network: parameters(as_it_ships(network.model))["total"],
+    "macs": lambda network: macs(as_it_ships(network.model)),
+    "latency_ms": lambda network: latency_ms(as_it_ships(network.model)),
 }
 """What each key of prune.targets measures."""
 

@@ -3,12 +3,11 @@
 from crnn.checkpoint import load_checkpoint
 from crnn.devices import best_device
 from crnn.evaluation import evaluate
-from crnn.networks.deploy import deployed
 from flows.cache import MODEL, WIDTHS
 from flows.rows import ACCURACY
 from flows.stages.sparse import plan
 from flows.stages.work import Outcome, Work
-from pruning.cost import macs, parameters
+from pruning.cost import as_it_ships, macs, parameters
 from pruning.gammas import absolute_gammas, widths
 from pruning.readiness import live_removed
 from pruning.settings import PruneSettings
@@ -41,17 +40,18 @@ def prune(work: Work) -> Outcome:
 
 
 def measure(work: Work) -> Outcome:
-    """Parameters, multiply-adds and bytes of a network, as trained and as it ships."""
+    """Parameters and multiply-adds of a network as it ships, and the bytes of its files."""
     path = work.input("model")
-    model = load_checkpoint(path).model
+    trained = load_checkpoint(path).model
+    model = as_it_ships(trained)
     figures = {
         **{f"cost/params_{part}": float(count) for part, count in parameters(model).items()},
         "cost/macs": float(macs(model)),
         "cost/bytes": float(path.stat().st_size),
     }
-    if shipped := deployed(model):
-        figures["cost/params_deployed"] = float(parameters(shipped)["total"])
-        figures["cost/macs_deployed"] = float(macs(shipped))
+    if model is not trained:
+        figures["cost/params_trained"] = float(parameters(trained)["total"])
+        figures["cost/macs_trained"] = float(macs(trained))
     if "export" in work.job["inputs"]:
         figures["cost/onnx_bytes"] = float(work.input("export").stat().st_size)
     work.write_json("cost.json", figures)

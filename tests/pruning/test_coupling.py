@@ -17,7 +17,7 @@ from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import Recogniser
 from crnn.reading import load_exported
 from crnn.settings import ExportSettings
-from pruning.cost import macs, parameters
+from pruning.cost import COSTS, macs, parameters
 from pruning.coupling import LSTM_INPUTS, groups_of
 from pruning.gammas import absolute_gammas, norms_of, widths
 from pruning.selection import keep_masks
@@ -158,6 +158,9 @@ def test_the_deployed_form_of_a_cut_agrees_and_is_smaller(images: Tensor, backbo
     with torch.inference_mode():
         assert (shipped(images) - compact(images)).abs().max() < 1e-9
     assert macs(shipped) < macs(compact)
+    checkpoint = Checkpoint(compact, Charset("0123456789"), 160, "finetune")
+    assert COSTS["macs"](checkpoint) == macs(shipped), "what is asked for is what ships"
+    assert COSTS["params"](checkpoint) == parameters(shipped)["total"]
 
 
 def test_a_network_without_branches_for_training_ships_as_it_is() -> None:
