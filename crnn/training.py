@@ -25,9 +25,6 @@ from crnn.evaluation import frame_lengths, own_frames
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import TrainSettings
 
-DEVIATION = 1e-3
-"""Added to the deviation of a feature, which may be always the same."""
-
 Progress = Callable[[int, int, float], None]
 
 
@@ -252,33 +249,6 @@ def recalibrate(model: Recogniser, lines: Lines) -> None:
     estimate_statistics(
         model, (normalise(batch.images.to(device)) for batch in evaluation_batches(lines))
     )
-
-
-@torch.no_grad()
-def standardise(model: Recogniser, lines: Lines) -> None:
-    """Let the LSTM of a fresh network read features of mean 0 and variance 1.
-
-    Features behind ReLU are positive, and what differs between frames is small beside what they
-    share: CTC stays for epochs where all frames read alike. The LSTM's first weights and biases
-    take mean and deviation of each feature off, as a BatchNorm before it would in the first step.
-    Initialisation from data as Salimans and Kingma 2016 (arXiv:1602.07868, section 3).
-
-    Args:
-        model: Changed in place, BatchNorm statistics as well.
-        lines: Training samples, a few dozen.
-    """
-    recalibrate(model, lines)
-    found = []
-    for batch in evaluation_batches(lines):
-        features = model.features(normalise(batch.images.to(model.device)))
-        own = own_frames(batch.widths, model.stride, len(features))
-        found.append(features[own.to(model.device)])
-    frames = torch.cat(found)
-    deviation = frames.std(0, correction=0) + DEVIATION
-    for direction in ("", "_reverse"):
-        weights = model.rnn.get_parameter(f"weight_ih_l0{direction}")
-        weights.div_(deviation)
-        model.rnn.get_parameter(f"bias_ih_l0{direction}").sub_(weights @ frames.mean(0))
 
 
 @torch.no_grad()

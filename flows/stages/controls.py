@@ -11,11 +11,10 @@ from bisect import bisect_right
 import torch
 
 from crnn.checkpoint import load_checkpoint
-from crnn.networks.recogniser import Recogniser, initialise
+from crnn.networks.recogniser import Recogniser, expect_blanks, initialise
 from crnn.settings import ModelSettings, TrainSettings
-from crnn.training import standardise
 from flows.cache import MODEL
-from flows.stages.training import FIRST_LINES, train
+from flows.stages.training import train
 from flows.stages.work import Outcome, Work
 from pruning.cost import macs, parameters
 
@@ -46,7 +45,6 @@ def _train_control(work: Work, pruned: Recogniser, model: Recogniser) -> dict[st
     # A teacher only reads: one pass more, where training is three (forward and twice backward).
     total += (spent.get("teacher_epochs", 0) + spent["taught_epochs"] / 3) * macs(teacher)
     epochs = epochs_for(total, macs(model))
-    standardise(model, work.lines("train").sample(FIRST_LINES))
     work.write_summary(model)
     settings = TrainSettings.model_validate({**work.settings["train"], "epochs": epochs})
     return {**train(work, model, settings)[1], "control/epochs": float(epochs)}
@@ -113,4 +111,5 @@ def fresh(model: Recogniser, seed: int) -> Recogniser:
         if reset:
             reset()
     new.apply(initialise)
+    expect_blanks(new.head)
     return new

@@ -16,7 +16,7 @@ from crnn.evaluation import evaluate
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import BaselineSettings, ModelSettings, TrainSettings
-from crnn.training import Penalty, Run, Teacher, fit, recalibrate, standardise, start
+from crnn.training import Penalty, Run, Teacher, fit, recalibrate, start
 from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL, STATE
 from flows.stages.work import Outcome, Work
@@ -26,9 +26,6 @@ from pruning.selection import keep_masks, largest_ratio
 from pruning.settings import FinetuneSettings, PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import refuse_uncuttable
-
-FIRST_LINES = 64
-"""Training lines from which the features of a fresh network are known."""
 
 
 def baseline(work: Work) -> Outcome:
@@ -84,9 +81,7 @@ def initial_model(work: Work, origin: str | dict[str, Any]) -> Recogniser:
             )
         return given.model
     torch.manual_seed(work.settings["seed"])
-    model = Recogniser(ModelSettings.model_validate(origin), charset.classes)
-    standardise(model, work.lines("train").sample(FIRST_LINES))
-    return model
+    return Recogniser(ModelSettings.model_validate(origin), charset.classes)
 
 
 def _first_difference(given: str, wanted: str) -> str:
