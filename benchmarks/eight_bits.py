@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peer import lines_of
+from benchmarks.cuts import lines_of
 from benchmarks.slimming import frontier
 from crnn.data.batches import Batch, evaluation_batches, training_batches
 from crnn.reading import load_exported

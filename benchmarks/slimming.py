@@ -5,29 +5,29 @@
 
 Takes a params file, the seeds, and section.key=value for what shall differ from the file. Each way
 is a frontier of cached stages with a setting or two changed, so that a comparison that was
-interrupted goes on where it was; only the peer's trainings are the benchmark's own. What needs a
-strength has several tried with the first seed and keeps the one with the best mean accuracy, chosen
-on the val lines: that flatters it. As long as that is the weakest or the strongest of them, one
-more is tried beyond it. With `controls={scratch: true, small: true}` each way has its controls.
+interrupted goes on where it was; only what benchmarks/cuts.py cuts is trained by the benchmark.
+What needs a strength has several tried with the first seed and keeps the one with the best mean
+accuracy, chosen on the val lines: that flatters it. As long as that is the weakest or the strongest
+of them, one more is tried beyond it. With `controls={scratch: true, small: true}` each way has its
+controls.
 
 Processes with a core of their own share the stages, nearly twice as fast as one on two cores: start
-it as `taskset -c 0 ...` and, beside it, `taskset -c 1 ...`. Each does the peer's trainings, and
-times networks beside the other's work.
+it as `taskset -c 0 ...` and, beside it, `taskset -c 1 ...`. Each does the benchmark's own
+trainings, and times networks beside the other's work.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from random import sample
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.peer import figures
+from benchmarks.cuts import Cut, by_torch_pruning, figures, of_the_last
 from flows import project
-from flows.cache import MODEL
 from flows.experiment import load_experiment
 from flows.rows import CONTROLS
 from flows.running import SHORT_OF_RATIO
@@ -46,17 +46,34 @@ UNTAUGHT = ["sparse.distill=0", "finetune.distill=0"]
 ARTICLE = [*UNTAUGHT, "prune.selection=reference", "prune.compensate=false"]
 SUBGRADIENT = "sparse.method=subgradient"
 SUBGRADIENTS = (3e-3, 1e-2, 3e-2)
-PEER = "Torch-Pruning's BNScalePruner"
-WAYS: dict[str, tuple[list[str], tuple[float, ...]]] = {
-    "auto": ([], ()),
-    "auto, no teacher": (UNTAUGHT, ()),
-    "proximal": (["sparse.method=proximal"], (0.2, 0.4, 0.8)),
-    "polarization": (["sparse.method=polarization"], (0.025, 0.05, 0.1)),
-    "subgradient": ([SUBGRADIENT], SUBGRADIENTS),
-    "the reference rule": ([*ARTICLE, SUBGRADIENT], SUBGRADIENTS),
-    PEER: ([*ARTICLE, SUBGRADIENT], SUBGRADIENTS),
+
+
+class Way(NamedTuple):
+    """A way to slim.
+
+    Attributes:
+        settings: In which it differs from the params file.
+        strengths: To begin with, each as many times the one before; none: it needs none.
+        cut: Where the cut is not the pipeline's own.
+    """
+
+    settings: Sequence[str] = ()
+    strengths: tuple[float, ...] = ()
+    cut: Cut | None = None
+
+
+WAYS = {
+    "auto": Way(),
+    "auto, no teacher": Way(UNTAUGHT),
+    "auto, fine-tuning taught as well": Way(["finetune.distill=1"]),
+    "auto, statistics estimated anew": Way(["finetune.recalibrate=2000"]),
+    "auto, every cut of the last network": Way(cut=of_the_last),
+    "proximal": Way(["sparse.method=proximal"], (0.2, 0.4, 0.8)),
+    "polarization": Way(["sparse.method=polarization"], (0.025, 0.05, 0.1)),
+    "subgradient": Way([SUBGRADIENT], SUBGRADIENTS),
+    "the reference rule": Way([*ARTICLE, SUBGRADIENT], SUBGRADIENTS),
+    "Torch-Pruning's BNScalePruner": Way([*ARTICLE, SUBGRADIENT], SUBGRADIENTS, by_torch_pruning),
 }
-"""Settings of each way, and the strengths to begin with, each as many times the one before."""
 
 STRENGTHS = 6
 """The most that are tried of one way."""
@@ -99,22 +116,23 @@ def compute(of_seeds: OfSeeds, seeds: list[int]) -> None:
 
 def _at_best_strength(name: str, params: str, more: list[str], seed: int) -> tuple[str, OfSeeds]:
     """A way with the strength whose cuts of one seed read best on average, and that strength."""
-    settings, grid = WAYS[name]
-    rows_of = _peer if name == PEER else frontier
+    settings, grid, cut = WAYS[name]
 
-    def at(strength: float) -> OfSeeds:
-        return partial(rows_of, params, [*settings, f"sparse.strength={strength:.3g}"], more)
+    def at(*strength: str) -> OfSeeds:
+        of_seeds = partial(frontier, params, [*settings, *strength], more)
+        return partial(_cut_otherwise, params, more, cut, of_seeds) if cut else of_seeds
 
     @cache
     def accuracy(strength: float) -> float:
-        return mean(float(r[TUNED]) for r in at(strength)([seed])[1:] if "control" not in r)
+        rows = at(f"sparse.strength={strength:.3g}")([seed])[1:]
+        return mean(float(row[TUNED]) for row in rows if "control" not in row)
 
     if not grid:
-        return "", partial(rows_of, params, settings, more)
+        return "", at()
     for strength in sample(grid, len(grid)):
         accuracy(strength)
-    best = best_inside(grid, accuracy)
-    return f"{best:.3g}", at(best)
+    best = f"{best_inside(grid, accuracy):.3g}"
+    return best, at(f"sparse.strength={best}")
 
 
 def best_inside(grid: tuple[float, ...], accuracy: Callable[[float], float]) -> float:
@@ -127,21 +145,23 @@ def best_inside(grid: tuple[float, ...], accuracy: Callable[[float], float]) -> 
     return best_inside(wider, accuracy)
 
 
-def _peer(params: str, settings: list[str], more: list[str], seeds: list[int]) -> Rows:
-    """What the peer makes of the sparse networks of a way, as rows like its."""
+def _cut_otherwise(
+    params: str, more: list[str], cut: Cut, of_seeds: OfSeeds, seeds: list[int]
+) -> Rows:
+    """What another cut makes of the sparse networks of a way, as rows like its."""
     experiment = load_experiment(Path(params), more)
     project.configure_environment()
     rows: Rows = [{"point": "baseline"}]
-    for row in frontier(params, settings, more, seeds)[1:]:
+    for row in of_seeds(seeds)[1:]:
         if "control" in row:
             continue
-        of_seeds = []
+        found = []
         for seed in seeds:
             key = row["stages"].get("sparse") or row["stages"][f"sparse_seed_{seed}"]
-            sparse = project.stages_folder() / key / MODEL
-            of_seeds.append(figures(experiment, sparse, row[REQUESTED], seed))
-        spread = {f"{n}_std": stdev(f[n] for f in of_seeds) for n in of_seeds[0] if len(seeds) > 1}
-        means = {n: mean(f[n] for f in of_seeds) for n in of_seeds[0]}
+            folder = project.stages_folder() / key
+            found.append(figures(experiment, folder, row[REQUESTED], seed, cut))
+        spread = {f"{n}_std": stdev(f[n] for f in found) for n in found[0] if len(seeds) > 1}
+        means = {n: mean(f[n] for f in found) for n in found[0]}
         rows.append({"point": row["point"], REQUESTED: row[REQUESTED], **means, **spread})
     return rows
 

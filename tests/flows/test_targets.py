@@ -11,6 +11,8 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from benchmarks.cuts import of_the_last
+from crnn.checkpoint import load_checkpoint
 from crnn.errors import SettingsError
 from flows.stages.sparse import free_ratio, plan
 from flows.stages.targets import ratio_for
@@ -61,6 +63,18 @@ def test_floors_and_rounding_count_in_what_is_free(index: Path, settings: PruneS
     for ratio, taken in ((free, False), (round(free + 1e-4, 4), True)):
         uncut, masks = plan(index, ratio, settings)
         assert (live_removed(absolute_gammas(uncut.model), masks) > 0) is taken
+
+
+def test_a_cut_of_the_last_network_reads_as_it_and_all_of_its_channels_learn(index: Path) -> None:
+    images = torch.randn(2, 3, 32, 64)
+    last = load_checkpoint(index.parent / "model.safetensors").model
+    model = of_the_last(index.parent, 0.3)
+    channels = sum(len(gamma) for gamma in absolute_gammas(last))
+    kept = torch.cat(absolute_gammas(model))
+    assert len(kept) == channels - int(0.3 * channels)
+    assert (kept > 0).all()
+    with torch.inference_mode():
+        assert (model(images) - last(images)).abs().max() < 1e-4
 
 
 def cost_at(index: Path, kind: str, ratio: float, settings: PruneSettings) -> float:

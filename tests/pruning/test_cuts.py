@@ -1,4 +1,4 @@
-"""The peer of benchmarks/slimming.py adds the same penalty, so it may share a sparse network."""
+"""Torch-Pruning adds the same penalty, so that its cut may start from the same sparse network."""
 
 import copy
 
