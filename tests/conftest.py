@@ -55,10 +55,11 @@ def lines() -> Lines:
 def random_recogniser(
     width: float = 0.1, classes: int = 11, seed: int = 0, backbone: str = "vgg13"
 ) -> Recogniser:
-    """A float64 network whose BatchNorms are not at their start, which would hide mistakes."""
+    """A float64 network whose BatchNorms and head are not at their start, which hides mistakes."""
     torch.manual_seed(seed)
     settings = ModelSettings(backbone=backbone, width=width, hidden=8)
     model = Recogniser(settings, classes).double().eval()
+    torch.nn.init.normal_(model.head.bias, 0.0, 0.1)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(layer.weight, 0.0, 1.0)

@@ -307,4 +307,5 @@ def test_the_article_s_settings_run_with_a_generated_charset(
     rows = project.frontier("--ratios", "0.62")["rows"]
     assert rows[0]["cost/params_total"] == 10_258_219
     assert rows[0]["cost/params_head"] == rows[1]["cost/params_head"] == 578_411
-    assert rows[1]["prune/channels_kept"] == 2944 - 1826
+    # One more than 1,825 goes, and what is equal to the threshold.
+    assert 2944 - 1826 - 3 <= rows[1]["prune/channels_kept"] <= 2944 - 1826

@@ -330,7 +330,7 @@ def test_a_trained_checkpoint_of_one_s_own_is_taken_as_the_baseline(
     untrained = {"checkpoint": str(own), "epochs": 0}
     other = new_project(tmp_path / "o", data=letters, baseline=untrained)
     refused = other.run("frontier", str(other.params), code=2)
-    assert "reads 10 characters, the data has 3" in refused.stderr
+    assert "its character 1 is '0', that of the data 'A'; set data.charset" in refused.stderr
     gone = other.run("frontier", str(other.params), "--set", "baseline.checkpoint=gone", code=2)
     assert "no checkpoint file at gone" in gone.stderr
     none = other.run("frontier", str(other.params), "--set", "baseline.checkpoint=null", code=2)
