@@ -20,7 +20,7 @@ from crnn.networks.vgg import STRIDE
 from crnn.training import fit, start
 from flows import project
 from flows.cache import MODEL
-from flows.definitions import fingerprint, given_charset
+from flows.definitions import VERSIONS, fingerprint, given_charset
 from flows.experiment import Experiment
 from flows.rows import ACCURACY
 from flows.stages.sparse import INDEX, plan
@@ -29,11 +29,11 @@ from pruning.settings import PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import revive
 
-Cut = Callable[[Path, float], Recogniser]
-"""Makes the cut network of a sparse stage's folder and a ratio."""
+Cut = Callable[[Path, float, PruneSettings], Recogniser]
+"""Makes the cut network of a sparse stage's folder, a ratio and what else was set."""
 
 
-def by_torch_pruning(sparse: Path, ratio: float) -> Recogniser:
+def by_torch_pruning(sparse: Path, ratio: float, _: PruneSettings) -> Recogniser:
     """Remove channels as Torch-Pruning's BNScalePruner does (Fang et al. 2023).
 
     They rank over all layers by |gamma| over its layer's mean, and their constants are dropped. Its
@@ -55,7 +55,7 @@ def by_torch_pruning(sparse: Path, ratio: float) -> Recogniser:
     return model
 
 
-def of_the_last(sparse: Path, ratio: float) -> Recogniser:
+def of_the_last(sparse: Path, ratio: float, settings: PruneSettings) -> Recogniser:
     """Cut the last network of an `auto` stage at any ratio, and let the dead that stay learn.
 
     What the snapshots of the stage are worth is seen from this: it does without them.
@@ -65,9 +65,9 @@ def of_the_last(sparse: Path, ratio: float) -> Recogniser:
     index["networks"] = [{**last, "file": str(sparse / last["file"])}]
     with TemporaryDirectory() as folder:
         (Path(folder) / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        checkpoint, masks = plan(Path(folder) / INDEX, ratio, PruneSettings())
+        checkpoint, masks = plan(Path(folder) / INDEX, ratio, settings)
     revive(checkpoint.model, masks)
-    return slim(checkpoint.model, masks, PruneSettings())
+    return slim(checkpoint.model, masks, settings)
 
 
 def figures(
@@ -76,14 +76,16 @@ def figures(
     """Accuracy of a sparse network before its cut, after it, and fine-tuned; kept for next time.
 
     Args:
-        experiment: Data and fine-tuning, which is done without a teacher.
+        experiment: Data, cut and fine-tuning, which is done without a teacher and recalibration.
         sparse: Folder of the stage.
         ratio: Share of the channels to remove.
         seed: Of the fine-tuning.
         cut: One of those above.
     """
     content = [cut.__name__, sha256(sparse / MODEL), ratio, seed, fingerprint(experiment)]
-    identity = json.dumps([*content, experiment.finetune.model_dump(mode="json")])
+    settings = (experiment.prune, experiment.finetune)
+    versions = [VERSIONS["prune"], VERSIONS["finetune"]]
+    identity = json.dumps([*content, *versions, *(s.model_dump(mode="json") for s in settings)])
     name = f"cut-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.json"
     memo = project.home() / "benchmarks" / name
     if not memo.exists():
@@ -97,7 +99,7 @@ def _figures(
 ) -> dict[str, float]:
     train, val = lines_of(experiment)
     uncut = load_checkpoint(sparse / MODEL).model.to(best_device())
-    model = cut(sparse, ratio).to(best_device())
+    model = cut(sparse, ratio, experiment.prune).to(best_device())
     untuned = evaluate(model, val, set())[ACCURACY]
     fit(start(model, experiment.finetune, seed), train, experiment.finetune)
     return {

@@ -8,8 +8,8 @@ is a frontier of cached stages with a setting or two changed, so that a comparis
 interrupted goes on where it was; only what benchmarks/cuts.py cuts is trained by the benchmark.
 What needs a strength has several tried with the first seed and keeps the one with the best mean
 accuracy, chosen on the val lines: that flatters it. As long as that is the weakest or the strongest
-of them, one more is tried beyond it. With `controls={scratch: true, small: true}` each way has its
-controls.
+of them, one more is tried beyond it. With `controls={scratch: true, small: true}` each way whose
+cut is the pipeline's own has its controls.
 
 Processes with a core of their own share the stages, nearly twice as fast as one on two cores: start
 it as `taskset -c 0 ...` and, beside it, `taskset -c 1 ...`. Each does the benchmark's own
@@ -42,7 +42,7 @@ FIGURES = {
     "fine-tuned": TUNED,
 }
 
-UNTAUGHT = ["sparse.distill=0", "finetune.distill=0"]
+UNTAUGHT = ["sparse.distill=0", "finetune.distill=0", "baseline.distill=null", "teacher=null"]
 ARTICLE = [*UNTAUGHT, "prune.selection=reference", "prune.compensate=false"]
 SUBGRADIENT = "sparse.method=subgradient"
 SUBGRADIENTS = (3e-3, 1e-2, 3e-2)
@@ -53,7 +53,7 @@ class Way(NamedTuple):
 
     Attributes:
         settings: In which it differs from the params file.
-        strengths: To begin with, each as many times the one before; none: it needs none.
+        strengths: To begin with, ascending; none: it needs none.
         cut: Where the cut is not the pipeline's own.
     """
 
@@ -118,14 +118,14 @@ def _at_best_strength(name: str, params: str, more: list[str], seed: int) -> tup
     """A way with the strength whose cuts of one seed read best on average, and that strength."""
     settings, grid, cut = WAYS[name]
 
-    def at(*strength: str) -> OfSeeds:
-        of_seeds = partial(frontier, params, [*settings, *strength], more)
+    def at(*changes: str) -> OfSeeds:
+        of_seeds = partial(frontier, params, [*settings, *changes], more)
         return partial(_cut_otherwise, params, more, cut, of_seeds) if cut else of_seeds
 
     @cache
     def accuracy(strength: float) -> float:
-        rows = at(f"sparse.strength={strength:.3g}")([seed])[1:]
-        return mean(float(row[TUNED]) for row in rows if "control" not in row)
+        rows = at(f"sparse.strength={strength:.3g}", "controls={}")([seed])[1:]
+        return mean(float(row[TUNED]) for row in rows)
 
     if not grid:
         return "", at()
@@ -136,7 +136,10 @@ def _at_best_strength(name: str, params: str, more: list[str], seed: int) -> tup
 
 
 def best_inside(grid: tuple[float, ...], accuracy: Callable[[float], float]) -> float:
-    """The best of a geometric series, which grows at the end where that is."""
+    """The best of ascending numbers, which go on where that is the first or the last.
+
+    The next one is as many times its neighbour as the second is the first.
+    """
     best = max(grid, key=accuracy)
     if grid[0] < best < grid[-1] or len(grid) >= STRENGTHS:
         return best

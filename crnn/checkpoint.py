@@ -80,6 +80,21 @@ def _strides(model: Recogniser) -> dict[str, str]:
     return {"strides": json.dumps(found())} if found else {}
 
 
+def _refuse_other_strides(model: Recogniser, geometry: dict[str, Any]) -> None:
+    """Raise a CheckpointError where a network would not compute what it was trained to."""
+    built = _strides(model)
+    if built and "strides" not in geometry:
+        raise CheckpointError(
+            f"it was written before the strides of {model.settings.backbone} were kept with it;"
+            " train it anew"
+        )
+    if built.items() - geometry.items():
+        raise CheckpointError(
+            f"this version of the program, or of timm, builds {model.settings.backbone} with other"
+            " strides than it was trained with"
+        )
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a network of any widths.
 
@@ -93,11 +108,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         geometry = json.loads(metadata["geometry"])
         max_width = int(geometry["max_width"])
         model = recogniser_of(settings, charset.classes, tensors)
-        if _strides(model).items() - geometry.items():
-            raise CheckpointError(
-                f"this version of the program, or of timm, builds {settings.backbone} with other"
-                " strides than it was trained with"
-            )
+        _refuse_other_strides(model, geometry)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} is unusable: {error}") from error
     except (KeyError, TypeError, ValueError, ValidationError, UserError) as error:

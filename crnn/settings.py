@@ -170,6 +170,6 @@ class TeacherSettings(BaselineSettings):
     def _has_no_teacher(self) -> Self:
         if self.distill is not None:
             raise ValueError("distill is for those who are taught, and a teacher is not")
-        if self.checkpoint and "model" in self.model_fields_set:
+        if self.checkpoint and self.model != ModelSettings():
             raise ValueError("the checkpoint says what the teacher is: leave out model, or it")
         return self

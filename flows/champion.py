@@ -153,7 +153,8 @@ def _first_val_line(experiment: Experiment, usable: Path) -> bytes:
 def model_card(experiment: Experiment, row: Row, digest: str) -> str:
     """What whoever uses a model has to know, in Markdown."""
     data, given = experiment.data, experiment.baseline.checkpoint
-    network = f"that of the checkpoint {given}" if given else experiment.model.backbone
+    own = experiment.sparse.from_baseline and given
+    network = f"that of {Path(own).name}" if own else experiment.model.backbone
     form = "int8" if "int8" in row else "float32"
     cut = row.get("prune/ratio_achieved", 0)
     stages = ", ".join(f"{name} {key}" for name, key in row["stages"].items())

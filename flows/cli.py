@@ -117,7 +117,7 @@ def preview(
     cuts, verdict = seen["cuts"], seen["readiness"]
     print(verdict["sentence"])
     if seen["free_ratio"] < verdict["free_ratio"]:
-        print(f"with these floors and this rounding a cut of up to {seen['free_ratio']:g} is free")
+        print(f"with the settings of prune no live channel goes up to {seen['free_ratio']:g}")
     header = ["point", "cut", "live channels cut", "params", "MACs", "size"]
     _print_table(
         f"{experiment.name}: cuts of the sparse network",

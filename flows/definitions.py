@@ -43,13 +43,13 @@ TRAINING = ("baseline", "sparse", "finetune", "scratch", "small", "qat")
 
 VERSIONS = {
     "data": 2,
-    "baseline": 4,
-    "sparse": 5,
-    "target": 4,
+    "baseline": 5,
+    "sparse": 6,
+    "target": 5,
     "prune": 5,
     "finetune": 3,
-    "scratch": 4,
-    "small": 3,
+    "scratch": 5,
+    "small": 4,
     "export": 3,
     "int8": 7,
     "qat": 4,
@@ -344,8 +344,9 @@ def open_sources(experiment: Experiment) -> list[Dataset | Shards]:
             _refuse_backbone(model)
     for path in _checkpoints(experiment):
         _digest_of_file(Path(path))
-    if experiment.controls.small and experiment.baseline.checkpoint:
-        _refuse_without_width(experiment.baseline.checkpoint)
+    checkpoint = experiment.baseline.checkpoint if experiment.sparse.from_baseline else None
+    if experiment.controls.small and checkpoint:
+        _refuse_without_width(checkpoint)
     return sources
 
 

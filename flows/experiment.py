@@ -145,6 +145,9 @@ class ChampionSettings(Settings):
     max_mb: Annotated[float, Field(gt=0)] | None = None
 
 
+RATIOS = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
+
+
 class Experiment(Settings):
     """Everything that defines a frontier.
 
@@ -164,7 +167,7 @@ class Experiment(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
     seed: Seed = 0
     seeds: Seeds | None = None
-    ratios: Ratios = (0.62, 0.67, 0.72, 0.77, 0.82, 0.87)
+    ratios: Ratios = RATIOS
     data: DataSettings
     model: ModelSettings = ModelSettings()
     baseline: BaselineSettings
@@ -251,8 +254,8 @@ def load_experiment(
     for override in overrides:
         _set(tree, override)
     if ratios is not None:
-        tree["ratios"] = list(ratios)
         _keep_controls_of(tree, ratios)
+        tree["ratios"] = list(ratios)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
@@ -260,10 +263,11 @@ def load_experiment(
 
 
 def _keep_controls_of(tree: dict[str, Any], ratios: Sequence[float]) -> None:
-    """Of the ratios that the file gives controls, leave those that are computed now."""
-    controls = tree.get("controls")
+    """Take the controls from those of the file's ratios that are not computed now."""
+    controls, own = tree.get("controls"), tree.get("ratios", RATIOS)
     if isinstance(controls, dict) and isinstance(named := controls.get("ratios"), list):
-        tree["controls"] = {**controls, "ratios": [ratio for ratio in named if ratio in ratios]}
+        kept = [ratio for ratio in named if ratio in ratios or ratio not in own]
+        tree["controls"] = {**controls, "ratios": kept}
 
 
 UNION_MEMBERS = ("str", "constrained-int", "literal['auto']", "int")

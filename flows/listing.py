@@ -72,7 +72,7 @@ def folder_of(name: str) -> Path:
     found = list(reports.glob(f"{name}/*/{ROWS}")) or list(reports.glob(f"*/{name}/{ROWS}"))
     if not found:
         raise UserError(f"no sweep of {name} in {reports}; `crnn-slim runs` lists those there are")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    return max((path.parent for path in found), key=lambda folder: folder.stat().st_mtime)
 
 
 def rows_of(folder: Path) -> list[Row]:

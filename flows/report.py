@@ -85,7 +85,7 @@ def write_report(
     data = json.dumps(rows, indent=1).encode()
     target = folder / ROWS
     if target.exists() and target.read_bytes() == data:
-        os.utime(target)  # The newest sweep is the one that was asked for last.
+        os.utime(folder)  # The newest sweep is the one that was asked for last.
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "frontier.csv", _csv(rows))

@@ -22,8 +22,8 @@ from flows.locks import seats, single_flight
 from flows.rows import ACCURACY
 from flows.tracking import Tracker
 
-FREE = 0.2
-"""Points of word accuracy that a cut may cost unmentioned."""
+UNMENTIONED_LOSS = 0.2
+"""Points of word accuracy that a cut may cost without a word."""
 
 SHORT_OF_RATIO = 0.02
 """How far below its ratio a cut may stay unmentioned."""
@@ -90,7 +90,7 @@ def _say_how_it_cut(manifest: Manifest) -> None:
             " fine-tuning does not regain it"
         )
     lost = 100 * (figures.get("prune/word_accuracy_before", 0) - figures.get(ACCURACY, 0))
-    if manifest.stage == "prune" and lost > FREE:
+    if manifest.stage == "prune" and lost > UNMENTIONED_LOSS:
         display.say(f"{manifest.label}: the cut itself lost {lost:.1f} points of word accuracy")
     achieved = figures.get("prune/ratio_achieved", 1)
     if figures.get("prune/ratio_requested", 0) - achieved > SHORT_OF_RATIO:
@@ -233,11 +233,13 @@ def _refuse_other_samples(experiment: Experiment, stage: Stage, work: Path) -> N
         )
 
 
-def _student(experiment: Experiment, stage: Stage) -> str | dict[str, Any] | None:
-    """Of a teacher: checkpoint or settings of the network that it will teach, which is cut."""
-    if not stage.label.startswith(definitions.TEACHER):
-        return None
-    return experiment.baseline.checkpoint or experiment.model.model_dump(mode="json")
+def _to_cut(experiment: Experiment, stage: Stage) -> str | dict[str, Any] | None:
+    """Checkpoint or settings of the network that will be cut; None: the one that is trained."""
+    settings = experiment.model.model_dump(mode="json")
+    if not experiment.sparse.from_baseline:
+        return settings
+    teaches = stage.label.startswith(definitions.TEACHER)
+    return (experiment.baseline.checkpoint or settings) if teaches else None
 
 
 def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[
         "seed": experiment.seed,
         "ratios": experiment.ratios,
         "prune": experiment.prune.model_dump(mode="json"),
-        "student": _student(experiment, stage),
+        "to_cut": _to_cut(experiment, stage),
         "checkpoint": definitions.checkpoint_of(experiment, stage),
         "inputs": {
             name: {"key": m.key, "file": str(m.file(m.result).resolve()), "sha256": m.digest}

@@ -62,7 +62,7 @@ def largest_ratio(gammas: Sequence[Tensor], settings: PruneSettings) -> float:
 
 def _ratio(count: int, channels: int) -> float:
     """Largest ratio of four decimals that removes at most so many channels."""
-    return int(Decimal(count) / channels * 10_000) / 10_000
+    return (-(-(count + 1) * 10_000 // channels) - 1) / 10_000
 
 
 def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> list[int]:

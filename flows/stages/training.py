@@ -31,8 +31,9 @@ from pruning.surgery import refuse_uncuttable
 def baseline(work: Work) -> Outcome:
     """Train the uncut network, from scratch or from a checkpoint."""
     model = initial_model(work, work.job["checkpoint"] or work.settings["model"])
-    student = work.job["student"]  # It is looked at before hours are spent on its teacher.
-    refuse_impossible_cuts(work, initial_model(work, student) if student else model)
+    if rank() == 0:  # The others may be on a busier machine, without the checkpoint.
+        to_cut = work.job["to_cut"]
+        refuse_impossible_cuts(work, initial_model(work, to_cut) if to_cut else model)
     work.write_summary(model)
     given = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
     settings = BaselineSettings.model_validate(given)
@@ -92,7 +93,11 @@ def _first_difference(given: str, wanted: str) -> str:
 
 
 def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
-    """Before hours of training: try the deepest cut on the network as it is."""
+    """Before hours of training: try the deepest cut, and the targets, on the network as it is.
+
+    Raises:
+        SettingsError: A cut, ratio or rank that cannot be, or a target out of reach.
+    """
     settings = PruneSettings.model_validate(work.job["prune"])
     gammas = absolute_gammas(model)
     refuse_uncuttable(model)

@@ -10,7 +10,7 @@ import yaml
 from crnn.errors import UserError
 from flows import project
 from flows.compare import compare
-from flows.report import table_cells
+from flows.report import subject, table_cells
 from tests.flows.conftest import TINY
 from tests.flows.test_report import row
 
@@ -23,7 +23,7 @@ def sweep(name: str, key: str, cost: float, data: str = "data-1", age: float = 0
     for each in rows:
         each["stages"] = {"data": data}
     (folder / "frontier.json").write_text(json.dumps(rows))
-    os.utime(folder / "frontier.json", (1e9 - age, 1e9 - age))
+    os.utime(folder, (1e9 - age, 1e9 - age))
 
 
 def test_points_of_all_sweeps_are_on_one_pareto_set(tmp_path: Path) -> None:
@@ -81,6 +81,19 @@ def test_what_cannot_be_compared_is_said(names: list[str], message: str) -> None
     sweep("tiny", "aaaa11", 3.0)
     with pytest.raises(UserError, match=message):
         compare(names)
+
+
+def test_what_one_row_alone_has_is_a_column_of_all() -> None:
+    wished = {"target/requested": 40_000, "target/achieved": 39_876.0}
+    rows = [row("0.5", 0.9, 1.0), {**row("params 40,000", 0.9, 1.0), **wished}]
+    rows.append(
+        {**row("0.6", 0.9, 1.0), "val/word_accuracy_std": 0.012, "seeds": {"0": {}, "1": {}}}
+    )
+    header, cells = table_cells(rows)
+    assert all(len(line) == len(header) for line in cells)
+    assert [line[header.index("asked / got")] for line in cells] == ["-", "40,000 / 39,876", "-"]
+    assert [line[header.index("SD of seeds")] for line in cells] == ["-", "-", "1.20"]
+    assert subject("title", rows).endswith("val lines, means of 1 or 2 seeds")
 
 
 def test_the_deployed_latency_is_shown_where_there_is_one() -> None:

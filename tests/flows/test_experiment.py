@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from crnn.errors import SettingsError
-from flows.experiment import load_experiment
+from flows.experiment import Experiment, load_experiment
 from tests.flows.conftest import TINY
 
 PARAMS = Path(__file__).parents[2] / "params"
@@ -86,6 +86,16 @@ def test_each_mistake_in_a_setting_is_one_sentence(tiny: Path, override: str, me
     with pytest.raises(SettingsError, match=message) as caught:
         load_experiment(tiny, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_has_somebody_to_teach_and_time_for_it(tiny: Path) -> None:
+    with pytest.raises(SettingsError, match="the teacher teaches nobody"):
+        load_experiment(tiny, ["teacher={epochs: 1}", "sparse.distill=0"])
+    own = ["baseline={checkpoint: a, epochs: 0, distill: 1}", "teacher={epochs: 1}"]
+    with pytest.raises(SettingsError, match="needs epochs to learn in"):
+        load_experiment(tiny, own)
+    given = load_experiment(tiny, ["teacher={checkpoint: a, epochs: 0}"])
+    assert Experiment.model_validate(given.model_dump(mode="json")) == given, "as schedule has it"
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_floors_and_rounding_count_in_what_is_free(index: Path, settings: PruneS
 def test_a_cut_of_the_last_network_reads_as_it_and_all_of_its_channels_learn(index: Path) -> None:
     images = torch.randn(2, 3, 32, 64)
     last = load_checkpoint(index.parent / "model.safetensors").model
-    model = of_the_last(index.parent, 0.3)
+    model = of_the_last(index.parent, 0.3, PruneSettings())
     channels = sum(len(gamma) for gamma in absolute_gammas(last))
     kept = torch.cat(absolute_gammas(model))
     assert len(kept) == channels - int(0.3 * channels)
