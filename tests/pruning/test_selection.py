@@ -159,7 +159,7 @@ def test_the_error_names_the_largest_ratio_and_that_ratio_works() -> None:
     settings = PruneSettings(min_channels=4)
     with pytest.raises(SettingsError, match=r"largest ratio is 0\.7083"):
         keep_masks(gammas, 0.75, settings)
-    assert kept(keep_masks(gammas, 0.6666, settings)) >= 8
+    assert kept(keep_masks(gammas, 0.7083, settings)) >= 8
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
