@@ -103,7 +103,10 @@ def width_for(count: int, settings: ModelSettings, classes: int) -> float:
 
 
 def fresh(model: Recogniser, seed: int) -> Recogniser:
-    """A network of the same layers, with the weights that a new one of that seed would get."""
+    """A network of the same layers with new weights; VGG13 gets those that one of that seed has.
+
+    Networks of timm have rules of their own for some biases, which begin as torch's do here.
+    """
     torch.manual_seed(seed)
     new = copy.deepcopy(model)
     for layer in new.modules():
