@@ -122,8 +122,8 @@ def _fitted(name: str, backbone: TimmBackbone) -> Tensor:
 def _keep_width(module: Any, inputs: tuple[Tensor, ...]) -> None:
     """Before a layer runs: let it halve the height alone, but for the first and a late one."""
     strides = module.stride if isinstance(module.stride, tuple) else (module.stride,) * 2
-    if inputs[0].ndim != 4:
-        return  # Its stride is not one over the image.
+    if not isinstance(inputs[0], Tensor) or inputs[0].ndim != 4:
+        return  # Its stride is not one over an image.
     height, width = inputs[0].shape[2:]
     may_halve = width > PROBE_WIDTH // STRIDE and (height == HEIGHT or height <= LATE)
     if strides[0] < 2 or may_halve:

@@ -45,12 +45,20 @@ def test_a_student_of_timm_is_taught_cut_and_compared(tmp_path: Path) -> None:
     assert teacher.settings.backbone == "vgg13"
 
 
+@pytest.mark.parametrize("name", ["eca_resnet33ts", "selecsls42"])
+def test_layers_with_strides_over_something_else_are_left_alone(tmp_path: Path, name: str) -> None:
+    """The one has convolutions over channels, the other blocks that take a list of images."""
+    project = new_project(tmp_path, model={"hidden": 8, "backbone": name})
+    assert open_sources(load_experiment(project.params))
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
         ("model.backbone=mobilenetv3_smal", "did you mean mobilenetv3_small_100"),
         ("model.backbone=convnext_atto", "it has no BatchNorm"),
         ("model.backbone=mobilevit_xxs", "it has attention between positions"),
+        ("model.backbone=convmixer_768_32", r"becomes \(768, 4, 9\), and \(channels, 1, 16\)"),
         ("model.backbone=regnetx_002", "grouped convolutions that are not depthwise"),
         ("model.backbone=resnet18s", "timm; resnet18s is none"),
         ("teacher={epochs: 1, distill: 1}", "a teacher is not"),
