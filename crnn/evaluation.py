@@ -36,11 +36,6 @@ def frame_lengths(widths: Tensor, stride: int) -> Tensor:
     return (widths // stride).clamp(min=1)
 
 
-def own_frames(widths: Tensor, stride: int, frames: int) -> Tensor:
-    """Which of so many frames belong to lines of these widths (N,), in pixels: (frames, N)."""
-    return torch.arange(frames)[:, None] < frame_lengths(widths, stride)
-
-
 @torch.inference_mode()
 def read(model: Recogniser, batches: Iterable[Batch], charset: Charset) -> list[Reading]:
     """Read every line of the batches by greedy (best path) decoding, in float32."""

@@ -21,7 +21,7 @@ from crnn.data.batches import (
 from crnn.devices import autocast, layout_of
 from crnn.distributed import in_turn, mean, together, weight
 from crnn.errors import NonFiniteLossError
-from crnn.evaluation import frame_lengths, own_frames
+from crnn.evaluation import frame_lengths
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import TrainSettings
 
@@ -59,8 +59,9 @@ class Teacher:
             targets = self.model(images)
         student, teacher = ((part / self.TEMPERATURE).log_softmax(2) for part in (logits, targets))
         divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(2)
-        own = own_frames(widths, self.model.stride, len(logits)).to(logits.device)
-        share = weight(int(own.sum()), logits.device)
+        lengths = frame_lengths(widths, self.model.stride).to(logits.device)
+        own = torch.arange(len(logits), device=logits.device)[:, None] < lengths
+        share = weight(int(lengths.sum()), logits.device)
         return self.weight * self.TEMPERATURE**2 * share * divergence[own].mean()
 
 
