@@ -7,6 +7,7 @@ from torch import Tensor
 
 from crnn.networks.recogniser import Recogniser
 from pruning.gammas import NEAR_ZERO, absolute_gammas, widths
+from pruning.selection import ratio_of
 from pruning.settings import SparseSettings
 from pruning.sparsity import floor_of
 
@@ -59,7 +60,7 @@ def readiness(
     channels = {name: len(gamma) for name, gamma in zip(names, gammas, strict=True)}
     total = sum(channels.values())
     dead = total - sum(live.values())
-    free = (-(-(dead + 1) * 10_000 // total) - 1) / 10_000
+    free = ratio_of(dead, total)
     at_floor = [
         name
         for name in names

@@ -57,10 +57,10 @@ def largest_ratio(gammas: Sequence[Tensor], settings: PruneSettings) -> float:
     """Highest prune ratio of at most four decimals that the floors of all layers allow."""
     sizes = [len(gamma) for gamma in gammas]
     free = sum(sizes) - sum(_floor(size, settings) for size in sizes)
-    return _ratio(free, sum(sizes))
+    return ratio_of(free, sum(sizes))
 
 
-def _ratio(count: int, channels: int) -> float:
+def ratio_of(count: int, channels: int) -> float:
     """Largest ratio of four decimals that removes at most so many channels."""
     return (-(-(count + 1) * 10_000 // channels) - 1) / 10_000
 
@@ -78,7 +78,7 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
         raise SettingsError(
             f"prune ratio {ratio} would remove {left} of {sum(widths)} channels, but the floors"
             f" (prune.min_channels, prune.min_ratio, prune.round_to) allow {free}; the largest"
-            f" ratio is {_ratio(free, sum(widths))}"
+            f" ratio is {ratio_of(free, sum(widths))}"
         )
     for worth, layer, _, size in blocks:
         if size > left or (spare_live and worth > 0):

@@ -74,14 +74,13 @@ def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint
     Raises:
         UserError: The ratio is beyond what the floors allow.
     """
-    content = json.loads(index.read_text(encoding="utf-8"))
-    deaths = [torch.tensor(layer) for layer in content["deaths"]]
+    networks, deaths = _read_index(index)
     masks = keep_masks([(order == 0).float() for order in deaths], ratio, settings, deaths)
     gone = torch.cat(deaths)[~torch.cat(masks)]
-    for network in content["networks"]:
+    for network in networks:
         if ((gone > 0) & (gone <= network["zeros"])).all():
             return _network(index, network), masks
-    last = _network(index, content["networks"][-1])
+    last = _network(index, networks[-1])
     return last, keep_masks(absolute_gammas(last.model), ratio, settings, deaths)
 
 
@@ -92,15 +91,20 @@ def free_ratio(index: Path, settings: PruneSettings) -> float:
         index: Result file of the sparse stage.
         settings: Selection rule, floors, rounding.
     """
-    content = json.loads(index.read_text(encoding="utf-8"))
-    deaths = [torch.tensor(layer) for layer in content["deaths"]]
-    gammas = absolute_gammas(_network(index, content["networks"][-1]).model)
+    networks, deaths = _read_index(index)
+    gammas = absolute_gammas(_network(index, networks[-1]).model)
 
     def takes_live(basis_points: int) -> bool:
         return live_removed(gammas, keep_masks(gammas, basis_points / 10_000, settings, deaths)) > 0
 
     points = range(round(10_000 * largest_ratio(gammas, settings)) + 1)
     return max(0, bisect_left(points, True, key=takes_live) - 1) / 10_000
+
+
+def _read_index(index: Path) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """The networks that were kept, and for each group in which order its channels died."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    return content["networks"], [torch.tensor(layer) for layer in content["deaths"]]
 
 
 def _network(index: Path, entry: dict[str, Any]) -> Checkpoint:

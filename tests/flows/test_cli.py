@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from crnn.checkpoint import load_checkpoint
+from pruning.gammas import absolute_gammas
 from tests.flows.conftest import Project, free_port, new_project, wait_for
 
 Finished = tuple[Project, dict[str, Any]]
@@ -307,5 +310,7 @@ def test_the_article_s_settings_run_with_a_generated_charset(
     rows = project.frontier("--ratios", "0.62")["rows"]
     assert rows[0]["cost/params_total"] == 10_258_219
     assert rows[0]["cost/params_head"] == rows[1]["cost/params_head"] == 578_411
+    sparse = project.home / "stages" / project.manifests()["sparse"]["key"] / "model.safetensors"
+    gammas = torch.cat(absolute_gammas(load_checkpoint(sparse).model))
     # One more than 1,825 goes, and what is equal to the threshold.
-    assert 2944 - 1826 - 3 <= rows[1]["prune/channels_kept"] <= 2944 - 1826
+    assert rows[1]["prune/channels_kept"] == int((gammas > gammas.sort().values[1825]).sum())
