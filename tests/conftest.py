@@ -18,6 +18,8 @@ from crnn.settings import ModelSettings, TextSettings
 
 DIGITS = TextSettings(alphabet="0123456789", min_length=1, max_length=4)
 
+TIMM = ["mobilenetv3_small_100", "mobilenetv3_large_100", "ghostnet_100", "resnet34", "repvgg_a0"]
+
 
 @pytest.fixture(autouse=True)
 def _state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,18 +23,15 @@ from pruning.gammas import absolute_gammas, norms_of, widths
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
 from pruning.surgery import cut, mean_inputs, refuse_uncuttable, revive
-from tests.conftest import random_recogniser
+from tests.conftest import TIMM, random_recogniser
 from tests.pruning.test_surgery import silence
-
-BACKBONES = ["vgg13", "mobilenetv3_small_100", "mobilenetv3_large_100", "ghostnet_100"]
-BACKBONES += ["resnet34", "repvgg_a0"]
 
 
 def random_network(backbone: str) -> Recogniser:
     return random_recogniser(width=0.2 if backbone == "vgg13" else 1.0, backbone=backbone)
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=["vgg13", *TIMM])
 def network(request: pytest.FixtureRequest) -> Recogniser:
     return random_network(request.param)
 

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -10,8 +8,8 @@ from crnn.training import Run, fit, start
 from pruning.cost import latency_ms, parameters
 from pruning.gammas import absolute_gammas, gamma_statistics, norms_of, share_zero
 from pruning.settings import SparseSettings
-from pruning.sparsity import FLOOR, Polarization, Proximal, Subgradient, penalty_of
-from tests.conftest import random_recogniser
+from pruning.sparsity import Polarization, Proximal, Subgradient, floor_of, penalty_of
+from tests.conftest import TIMM, random_recogniser
 
 
 def run_of(model: Recogniser) -> Run:
@@ -99,7 +97,7 @@ def test_auto_reaches_its_target_in_exact_zeros_and_leaves_every_layer_its_floor
     run = start(model, settings, 0)
     fit(run, lines, settings, penalty_of(settings))
     gammas = absolute_gammas(model)
-    floors = [max(1, math.ceil(FLOOR * len(g))) for g in gammas]
+    floors = [floor_of(len(g)) for g in gammas]
     reachable = 1 - sum(floors) / sum(len(g) for g in gammas)
     assert share_zero(model) >= 0.99 * min(target, reachable)
     assert share_zero(model) <= target
@@ -109,6 +107,17 @@ def test_auto_reaches_its_target_in_exact_zeros_and_leaves_every_layer_its_floor
     assert (torch.cat([layer.bias for layer in norms_of(model).values()])[dead] == 0).all()
     assert run.memory["deaths"][dead].sort().values.tolist() == list(range(1, int(dead.sum()) + 1))
     assert (run.memory["deaths"][~dead] == 0).all()
+
+
+@pytest.mark.parametrize("backbone", TIMM)
+def test_auto_reaches_its_target_in_every_network(lines: Lines, backbone: str) -> None:
+    torch.manual_seed(0)
+    model = Recogniser(ModelSettings(backbone=backbone, hidden=4), lines.charset.classes)
+    settings = SparseSettings(epochs=2, batch_size=10, target_ratio=0.87)
+    fit(start(model, settings, 0), lines, settings, penalty_of(settings))
+    assert 0.99 * 0.87 <= share_zero(model) <= 0.87
+    for gamma in absolute_gammas(model):
+        assert (gamma > 0).sum() >= floor_of(len(gamma))
 
 
 def test_auto_takes_the_channels_that_matter_least(lines: Lines) -> None:
