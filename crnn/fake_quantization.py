@@ -2,18 +2,21 @@
 
 Convolutions and the head round their inputs and weights in the forward pass as an int8 file
 does; gradients pass straight through. The LSTM stays in float: its ranges are found as it runs, and
-it loses least. Deviation: an input's range is that of its batch, not a running mean, so that a
-training has no state beside its weights.
+it loses least. The branches of a block of RepVGG or MobileOne round as the one convolution that
+ships, folded with the statistics of their BatchNorms, which stay as they are. Deviation: an input's
+range is that of its batch, not a running mean, so that a training has no state beside its weights.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crnn.distributed import maximum
+from crnn.networks.deploy import blocks_of
 from crnn.networks.recogniser import Recogniser
 
 LARGEST_WEIGHT, LARGEST_INPUT = 64, 255
@@ -66,6 +69,20 @@ class _RoundedLinear(nn.Linear):
         return F.linear(round_input(given, self.training), round_head(self.weight), self.bias)
 
 
+class _RoundedBlock(nn.Module):
+    """The convolution that a block of branches will be; no part of the state dict."""
+
+    def __init__(self, block: Any, shaped: nn.Conv2d) -> None:
+        super().__init__()
+        self._of = (block, shaped)  # In a tuple they are no parts of this one.
+
+    def forward(self, given: Tensor) -> Tensor:
+        block, shaped = self._of
+        kernel, bias = block._get_kernel_bias()
+        given, kernel = round_input(given, self.training), round_filters(kernel)
+        return F.conv2d(given, kernel, bias, shaped.stride, shaped.padding, groups=shaped.groups)
+
+
 ROUNDED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: _RoundedConv2d,
     nn.Linear: _RoundedLinear,
@@ -81,10 +98,15 @@ def fake_quantized(model: Recogniser) -> Iterator[None]:
     """
     exact = {rounded: kind for kind, rounded in ROUNDED.items()}
     layers = [layer for layer in model.modules() if type(layer) in ROUNDED]
+    blocks = blocks_of(model)
     for layer in layers:
         layer.__class__ = ROUNDED[type(layer)]
+    for block, shaped in blocks:
+        block.reparam_conv = _RoundedBlock(block, shaped)
     try:
         yield
     finally:
         for layer in layers:
             layer.__class__ = exact[type(layer)]
+        for block, _ in blocks:
+            block.reparam_conv = None

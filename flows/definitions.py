@@ -52,7 +52,7 @@ VERSIONS = {
     "small": 4,
     "export": 3,
     "int8": 7,
-    "qat": 4,
+    "qat": 5,
     "judge": 2,
     "measure": 4,
     "latency": 2,

@@ -23,11 +23,22 @@ def deployed(model: Recogniser) -> Recogniser | None:
     from timm.models import reparameterize_model
 
     folded = copy.deepcopy(model).eval()
-    for block in folded.cnn.modules():
-        convolutions = getattr(block, "conv_kxk", None)
-        if isinstance(convolutions, nn.ModuleList) and len(convolutions):
-            first: Any = convolutions[0]
-            block.groups = first.conv.groups  # MobileOne's knows the uncut number alone.
+    blocks_of(folded)
     # RepViT's new layers are of float32, whatever the old ones were.
     folded.cnn = reparameterize_model(folded.cnn, inplace=True).to(model.dtype)
     return None if folded.state_dict().keys() == model.state_dict().keys() else folded
+
+
+def blocks_of(model: Recogniser) -> list[tuple[Any, nn.Conv2d]]:
+    """Blocks of RepVGG and MobileOne, which ship as one convolution, and one that is shaped as it.
+
+    Their _get_kernel_bias gives its weight and bias.
+    """
+    found = []
+    block: Any
+    for block in model.modules():
+        if hasattr(block, "_get_kernel_bias") and hasattr(block, "conv_kxk"):
+            shaped = next(m for m in block.conv_kxk.modules() if isinstance(m, nn.Conv2d))
+            block.groups = shaped.groups  # MobileOne's knows the uncut number alone.
+            found.append((block, shaped))
+    return found

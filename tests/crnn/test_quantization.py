@@ -12,6 +12,7 @@ from crnn.checkpoint import Checkpoint
 from crnn.data.batches import Lines, evaluation_batches
 from crnn.export import export_onnx
 from crnn.fake_quantization import fake_quantized, round_filters, round_head, round_input
+from crnn.networks.deploy import deployed
 from crnn.quantization import layers_of, quantize
 from crnn.reading import load_exported
 from crnn.settings import ExportSettings
@@ -73,6 +74,22 @@ def test_rounding_is_that_of_the_file() -> None:
     assert round_input(torch.zeros(2, 2), training=False).abs().max() == 0
     assert round_filters(torch.zeros(2, 2)).abs().max() == 0
     assert round_head(torch.zeros(2, 2)).abs().max() == 0
+
+
+@pytest.mark.parametrize("backbone", ["repvgg_a0", "mobileone_s0"])
+def test_branches_are_rounded_as_the_convolution_that_ships(backbone: str) -> None:
+    model = random_recogniser(1.0, backbone=backbone).float().eval()
+    shipped, keys = deployed(model), model.state_dict().keys()
+    assert shipped is not None
+    images = torch.rand(2, 3, 32, 64) * 2 - 1
+    with torch.inference_mode():
+        exact = model(images)
+        with fake_quantized(model), fake_quantized(shipped):
+            assert model.state_dict().keys() == keys
+            rounded = model(images)
+            assert torch.allclose(rounded, shipped(images), atol=1e-4)
+        assert (rounded - exact).abs().max() > 1e-3
+        assert torch.equal(model(images), exact)
 
 
 def test_a_network_computes_as_in_8_bits_and_is_then_what_it_was(lines: Lines) -> None:
