@@ -8,6 +8,7 @@ imports. It starts with the first stage and ends with the pipeline. Linux only.
 import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,7 +45,7 @@ class _Template:
         environment: What it was started with.
     """
 
-    process: subprocess.Popen[bytes]
+    process: "subprocess.Popen[bytes] | Copy"
     requests: socket.socket
     environment: dict[str, str]
 
@@ -90,6 +91,11 @@ class Copy:
             time.sleep(POLL_SECONDS)
         return code
 
+    def kill(self) -> None:
+        """End it at once."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
 
 def start(job: Path, output: int, log: int, lock: int, environment: dict[str, str]) -> Copy:
     """Start flows.worker on a job, in a copy of the template.
@@ -129,8 +135,6 @@ def _ask(job: Path, descriptors: list[int], environment: dict[str, str]) -> Copy
 
 
 def _started(environment: dict[str, str]) -> _Template:
-    global _template
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
@@ -142,8 +146,17 @@ def _started(environment: dict[str, str]) -> _Template:
             env=environment,
             start_new_session=True,
         )
-    ours.settimeout(ANSWER_SECONDS)
-    _template = _Template(process, ours, environment)
+    return adopt(process, ours, environment)
+
+
+def adopt(
+    process: "subprocess.Popen[bytes] | Copy", requests: socket.socket, environment: dict[str, str]
+) -> _Template:
+    """Let a process be the template of this one."""
+    global _template
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    requests.settimeout(ANSWER_SECONDS)
+    _template = _Template(process, requests, environment)
     return _template
 
 
@@ -158,8 +171,12 @@ def _forget() -> None:
 
 
 def main() -> None:
+    """Serve the process that has started this one."""
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+def serve(requests: socket.socket) -> None:
     """Import what the stages need, and copy this process whenever it is asked for."""
-    requests = socket.socket(fileno=int(sys.argv[1]))
     from flows import worker
 
     worker.stages()
