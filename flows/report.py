@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ MARKS = {
 }
 """Marker and colour of each kind of network."""
 
-PALETTE = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+PALETTE = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 """Colour of one frontier after another, where several are compared."""
 
 SPREAD = f"{ACCURACY}_std"
@@ -188,12 +188,14 @@ def _kind(row: Row) -> str:
     return str(row.get("control", "baseline" if uncut else "slimmed"))
 
 
-def _colors(rows: Sequence[Row]) -> list[str]:
-    """Of each row: by frontier where there are several, else by kind."""
-    frontiers = list(dict.fromkeys(row.get("frontier") for row in rows))
-    if len(frontiers) == 1:
-        return [MARKS[_kind(row)][1] for row in rows]
-    return [PALETTE[frontiers.index(row["frontier"]) % len(PALETTE)] for row in rows]
+def _frontiers(rows: Sequence[Row]) -> dict[str, str]:
+    """The colour of each frontier, where several are compared."""
+    names = dict.fromkeys(row["frontier"] for row in rows if "frontier" in row)
+    return dict(zip(names, cycle(PALETTE), strict=False))
+
+
+def _color(row: Row, frontiers: Mapping[str, str]) -> str:
+    return frontiers[row["frontier"]] if frontiers else MARKS[_kind(row)][1]
 
 
 def _legend(rows: Sequence[Row]) -> str:
@@ -209,6 +211,7 @@ def _legend(rows: Sequence[Row]) -> str:
 
 def _png(title: str, rows: Sequence[Row]) -> bytes:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
@@ -225,6 +228,10 @@ def _png(title: str, rows: Sequence[Row]) -> bytes:
         )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
+    if frontiers := _frontiers(rows):
+        title = f"{len(frontiers)} frontiers"
+        lines = [Line2D([], [], color=color, label=name) for name, color in frontiers.items()]
+        figure.legend(handles=lines, loc="outside lower center", ncols=3)
     figure.suptitle(f"{subject(title, rows)}, 95% intervals\n{_legend(rows)}; filled: Pareto")
     return _png_of(figure)
 
@@ -236,8 +243,9 @@ def _png_of(figure: Any) -> bytes:
 
 
 def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
-    best = pareto(rows, cost)
-    for row, is_best, color in zip(rows, best, _colors(rows), strict=True):
+    best, frontiers = pareto(rows, cost), _frontiers(rows)
+    for row, is_best in zip(rows, best, strict=True):
+        color = _color(row, frontiers)
         below, above = _interval(row)
         axes.errorbar(
             row[cost],
@@ -256,8 +264,14 @@ def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
 
 
 def _name_point(axes: Any, row: Row, cost: str) -> None:
-    """Write its name beside a point: of those in 8 bits, which have a mark of their own, left."""
-    place, name = (row[cost], 100 * row[ACCURACY]), row["point"].removesuffix(INT8)
+    """Write its name beside a point: of those in 8 bits, which have a mark of their own, left.
+
+    Where frontiers are compared, colour and mark say the rest of it.
+    """
+    if "frontier" in row and _kind(row) == "baseline":
+        return
+    place = (row[cost], 100 * row[ACCURACY])
+    name = row["point"].removeprefix(f"{row.get('frontier')} ").removesuffix(INT8)
     left = _kind(row) == "int8"
     offset, side = ((-5, -9), "right") if left else ((5, 4), "left")
     axes.annotate(name, place, offset, textcoords="offset points", ha=side, fontsize=8)

@@ -142,6 +142,8 @@ def test_frontiers_that_are_compared_have_a_colour_each(browser: Browser) -> Non
         "var(--orange)",
     ]
     assert "other/bbbb" in page.locator("#key").inner_text()
+    names = [text.text_content() for text in page.locator("#frontier g.point text").all()]
+    assert names == ["", "0.5", "", "0.5"], "colour and mark say the rest"
     assert Axe().run(page).violations_count == 0
     assert wrong == []
 
