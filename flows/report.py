@@ -194,10 +194,6 @@ def _frontiers(rows: Sequence[Row]) -> dict[str, str]:
     return dict(zip(names, cycle(PALETTE), strict=False))
 
 
-def _color(row: Row, frontiers: Mapping[str, str]) -> str:
-    return frontiers[row["frontier"]] if frontiers else MARKS[_kind(row)][1]
-
-
 def _legend(rows: Sequence[Row]) -> str:
     names = {
         "baseline": "square: baseline",
@@ -245,7 +241,7 @@ def _png_of(figure: Any) -> bytes:
 def _draw_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
     best, frontiers = pareto(rows, cost), _frontiers(rows)
     for row, is_best in zip(rows, best, strict=True):
-        color = _color(row, frontiers)
+        color = frontiers[row["frontier"]] if frontiers else MARKS[_kind(row)][1]
         below, above = _interval(row)
         axes.errorbar(
             row[cost],

@@ -8,7 +8,6 @@ imports. It starts with the first stage and ends with the pipeline. Linux only.
 import ctypes
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -45,7 +44,7 @@ class _Template:
         environment: What it was started with.
     """
 
-    process: "subprocess.Popen[bytes] | Copy"
+    process: subprocess.Popen[bytes]
     requests: socket.socket
     environment: dict[str, str]
 
@@ -91,11 +90,6 @@ class Copy:
             time.sleep(POLL_SECONDS)
         return code
 
-    def kill(self) -> None:
-        """End it at once."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-
 
 def start(job: Path, output: int, log: int, lock: int, environment: dict[str, str]) -> Copy:
     """Start flows.worker on a job, in a copy of the template.
@@ -135,6 +129,8 @@ def _ask(job: Path, descriptors: list[int], environment: dict[str, str]) -> Copy
 
 
 def _started(environment: dict[str, str]) -> _Template:
+    global _template
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
@@ -146,17 +142,8 @@ def _started(environment: dict[str, str]) -> _Template:
             env=environment,
             start_new_session=True,
         )
-    return adopt(process, ours, environment)
-
-
-def adopt(
-    process: "subprocess.Popen[bytes] | Copy", requests: socket.socket, environment: dict[str, str]
-) -> _Template:
-    """Let a process be the template of this one."""
-    global _template
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    requests.settimeout(ANSWER_SECONDS)
-    _template = _Template(process, requests, environment)
+    ours.settimeout(ANSWER_SECONDS)
+    _template = _Template(process, ours, environment)
     return _template
 
 
@@ -171,12 +158,8 @@ def _forget() -> None:
 
 
 def main() -> None:
-    """Serve the process that has started this one."""
-    serve(socket.socket(fileno=int(sys.argv[1])))
-
-
-def serve(requests: socket.socket) -> None:
     """Import what the stages need, and copy this process whenever it is asked for."""
+    requests = socket.socket(fileno=int(sys.argv[1]))
     from flows import worker
 
     worker.stages()

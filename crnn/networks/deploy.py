@@ -23,7 +23,7 @@ def deployed(model: Recogniser) -> Recogniser | None:
     from timm.models import reparameterize_model
 
     folded = copy.deepcopy(model).eval()
-    blocks_of(folded)
+    blocks_of(folded)  # timm folds them by their groups, which it sets right.
     # RepViT's new layers are of float32, whatever the old ones were.
     folded.cnn = reparameterize_model(folded.cnn, inplace=True).to(model.dtype)
     return None if folded.state_dict().keys() == model.state_dict().keys() else folded
@@ -32,7 +32,8 @@ def deployed(model: Recogniser) -> Recogniser | None:
 def blocks_of(model: Recogniser) -> list[tuple[Any, nn.Conv2d]]:
     """Blocks of RepVGG and MobileOne, which ship as one convolution, and one that is shaped as it.
 
-    Their _get_kernel_bias gives its weight and bias.
+    Their _get_kernel_bias gives its weight and bias, once their groups are those of the cut
+    network, which is seen to here.
     """
     found = []
     block: Any

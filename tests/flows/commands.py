@@ -1,6 +1,5 @@
-"""Commands as copies of a process that has imported MLflow and torch: the same command line, real
-to its end, without the imports that take longer than most commands. The template of a pipeline's
-stages is such a copy as well.
+"""Commands as copies of a process that has imported MLflow: the same command line, real to its end,
+without the import that takes longer than most commands.
 
 Prefect is left to each copy: it reads its settings from the environment when it is imported.
 
@@ -12,7 +11,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from flows import template
 
 PATIENCE = 300
 """Seconds for a command, which SIGALRM ends then."""
@@ -58,10 +54,8 @@ def _commands() -> subprocess.Popen[str]:
 
 def main() -> None:
     """Copy this process for every request; what is returned from is a copy."""
-    # Both are read once, by what is imported here.
-    os.environ |= {"GIT_PYTHON_REFRESH": "quiet", "GOMP_SPINCOUNT": "0"}
+    os.environ["GIT_PYTHON_REFRESH"] = "quiet"  # As flows.project sets it before the import.
     import mlflow.tracking  # noqa: F401
-    import torch._dynamo  # noqa: F401
 
     gc.freeze()  # What is not looked at need not be copied.
     for line in sys.stdin:
@@ -80,24 +74,9 @@ def _be_command(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.argv = ["flows.cli", *request["arguments"]]
-    if "frontier" in sys.argv:
-        _start_template()
     from flows import cli
 
     cli.main()
-
-
-def _start_template() -> None:
-    """Copy this process once more, for the stages of the pipeline that it will be."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    copy = os.fork()
-    if copy == 0:
-        ours.close()
-        os.setsid()
-        template.serve(theirs)
-        os._exit(0)
-    theirs.close()
-    template.adopt(template.Copy(copy), ours, dict(os.environ))
 
 
 if __name__ == "__main__":
