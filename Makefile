@@ -13,7 +13,7 @@ frontier: .venv/installed
 	$(BIN)/crnn-slim frontier params/quickstart.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 30
+	$(BIN)/python -m pytest --numprocesses 4 --dist load --maxschedchunk 1 --durations 30
 
 torture: .venv/installed
 	$(BIN)/python -m tests.torture

@@ -84,7 +84,7 @@ class Manifest:
         metrics: Final figures.
         settings: As in the stage.
         inputs: Keys of the upstream stages.
-        run_id: MLflow run of the stage, or None where MLflow could not be reached.
+        run_id: MLflow run of the stage, or None where it was not known yet: no stage waits for it.
         seconds: Time it took, over all attempts.
     """
 
@@ -236,7 +236,7 @@ def publish(
         stage: The stage that was computed.
         folder: Its output files.
         outcome: `result`, `metrics` and `seconds` as the computation reported them.
-        run_id: MLflow run, or None.
+        run_id: MLflow run, or None as long as it is not known.
         log: Told where another machine has finished it first.
 
     Returns:

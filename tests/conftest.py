@@ -1,7 +1,9 @@
 """Small real parts shared by the tests: rendered lines on disk, and a state folder of their own."""
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,14 @@ DIGITS = TextSettings(alphabet="0123456789", min_length=1, max_length=4)
 
 TIMM = ["mobilenetv3_small_100", "mobilenetv3_large_100", "ghostnet_100", "resnet34", "repvgg_a0"]
 
+CORES = sorted(os.sched_getaffinity(0))
+"""All that tests may use."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Pipelines first: they take longest, and what is short fills the gaps at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "flows")
+
 
 @pytest.fixture(autouse=True)
 def _state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,12 +43,28 @@ def _ctrl_c() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests share the machine; a second thread costs more than it gives on networks this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_core() -> Iterator[None]:
+    """Where tests share the machine, each process of pytest and what it starts stays on a core.
+
+    Networks this small gain nothing from a second one, and two threads that wait for each other
+    while something else has their cores cost a third more.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    with on_cores([CORES[int(worker.removeprefix("gw")) % len(CORES)]] if worker else CORES):
+        yield
+
+
+@contextmanager
+def on_cores(cores: Iterable[int]) -> Iterator[None]:
+    """Inside, this process and those that it starts have these cores alone."""
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
 
 
 def rendered_lines(count: int, seed: int = 0, text: TextSettings = DIGITS) -> Lines:

@@ -29,7 +29,13 @@ def run(
     """What `python -m flows.cli ARGUMENTS` does and prints."""
     with TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err")]
-        request = {"arguments": arguments, "files": [*map(str, files)], "cwd": str(cwd), "env": env}
+        request: dict[str, Any] = {
+            "arguments": arguments,
+            "files": [*map(str, files)],
+            "cwd": str(cwd),
+            "env": env,
+            "cores": sorted(os.sched_getaffinity(0)),
+        }
         commands = _commands()
         assert commands.stdin
         assert commands.stdout
@@ -73,6 +79,7 @@ def _be_command(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    os.sched_setaffinity(0, request["cores"])
     sys.argv = ["flows.cli", *request["arguments"]]
     from flows import cli
 

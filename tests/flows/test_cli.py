@@ -14,7 +14,7 @@ from PIL import Image
 
 from crnn.checkpoint import load_checkpoint
 from pruning.gammas import absolute_gammas
-from tests.flows.conftest import Project, free_port, new_project, wait_for
+from tests.flows.conftest import Project, free_port, new_project, runs_of, wait_for
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -201,7 +201,7 @@ def test_predict_reads_files_and_folders(finished: Finished, pictures: Path) -> 
 
 def test_predict_reads_with_a_model_out_of_mlflow(finished: Finished, pictures: Path) -> None:
     project = finished[0]
-    run = project.manifests()["finetune 0.3"]["run_id"]
+    run = runs_of(project, "stage")["finetune 0.3"].info.run_id
     uri = f"runs:/{run}/model.safetensors"
     result = project.run("predict", uri, str(pictures / "0.png"), "--json")
     assert len(json.loads(result.stdout)["readings"]) == 1

@@ -11,7 +11,7 @@ from crnn.charset import Charset
 from crnn.data.render import render_line
 from crnn.reading import Reader, load_exported
 from flows.stages.export import _are_tied
-from tests.conftest import DIGITS
+from tests.conftest import CORES, DIGITS, on_cores
 from tests.flows.conftest import Project, copy_of, points_of
 
 Finished = tuple[Project, dict[str, Any]]
@@ -22,7 +22,8 @@ def test_every_point_is_exported_measured_and_reads_the_same(
 ) -> None:
     project = copy_of(finished, tmp_path / "copy")
     exporting = ("--set", "export={pt2: true}", "--set", "quantize=null", "--set", "champion=null")
-    result = project.frontier(*exporting)
+    with on_cores(CORES):
+        result = project.frontier(*exporting)
     networks = ("baseline", "finetune 0.3", "finetune 0.6")
     computed = [f"{what} {network}" for what in ("export", "measure") for network in networks]
     assert sorted(result["computed"]) == sorted([*computed, "latency"])
@@ -32,6 +33,7 @@ def test_every_point_is_exported_measured_and_reads_the_same(
         path = project.home / row["onnx"]
         assert row["cost/onnx_bytes"] == path.stat().st_size
         assert row["cost/onnx_latency_ms"] > 0
+        assert {f"latency/onnx_32x128_{n}t_ms" in row for n in (1, min(len(CORES), 2))} == {True}
         program = torch.export.load(path.with_name("model.pt2")).module(check_guards=False)
         assert program(torch.zeros(1, 32, 64, 3, dtype=torch.uint8)).shape == (1, 16, 11)
         exported = load_exported(path)

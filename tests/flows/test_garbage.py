@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.flows.conftest import Project, client_of, copy_of
+from tests.flows.conftest import Project, client_of, copy_of, runs_of
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -31,9 +31,9 @@ def test_what_a_sweep_refers_to_stays_until_its_run_is_deleted(
 
     client = client_of(project)
     client.delete_run(other["sweep_run"])
-    tuned = project.manifests()["finetune 0.45"]
+    tuned = runs_of(project, "stage")["finetune 0.45"].info.run_id
     client.create_registered_model("kept")
-    version = client.create_model_version("kept", "runs:/it", run_id=tuned["run_id"])
+    version = client.create_model_version("kept", "runs:/it", run_id=tuned)
     shown = project.run("gc", "--older-than", "0").stdout
     kinds = {key.split("-")[0] for key in only_its_own if key in shown}
     assert kinds == {"measure", "latency"}
@@ -68,11 +68,11 @@ def test_a_registered_model_whose_run_was_purged_is_no_outage(
     project = copy_of(finished, tmp_path / "copy")
     client = client_of(project)
     client.create_registered_model("kept")
-    tuned = project.manifests()["finetune 0.6"]
-    client.create_model_version("kept", "runs:/it", run_id=tuned["run_id"])
-    client.delete_run(tuned["run_id"])
+    tuned = runs_of(project, "stage")["finetune 0.6"].info.run_id
+    client.create_model_version("kept", "runs:/it", run_id=tuned)
+    client.delete_run(tuned)
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project.database}"}
-    purge = [sys.executable, "-m", "mlflow", "gc", "--run-ids", tuned["run_id"]]
+    purge = [sys.executable, "-m", "mlflow", "gc", "--run-ids", tuned]
     environment = {**os.environ, **store}
     subprocess.run(purge, env=environment, check=True, capture_output=True)
     assert "0 folders" in project.run("gc", "--older-than", "0").stdout

@@ -131,7 +131,7 @@ def test_a_damaged_stage_is_computed_again_to_the_same_bits(
     assert json.loads(run.stdout)["computed"] == ["sparse"]
     assert "model.safetensors has other bytes than its manifest says; set aside" in run.stderr
     assert (folder / "model.safetensors").read_bytes() == before
-    run_id = project.manifests()["sparse"]["run_id"]
+    run_id = runs_of(project, "stage")["sparse"].info.run_id
     client = client_of(project)
     assert client.get_run(run_id).info.status == "FINISHED"
     losses = client.get_metric_history(run_id, "train/loss")
@@ -151,6 +151,14 @@ def start_and_wait_for(project: Project, text: str) -> subprocess.Popen[str]:
         if text in line:
             return process
     pytest.fail(f"{text!r} was never printed")
+
+
+def wait_until_recorded(project: Project, label: str) -> None:
+    """Until MLflow, which no stage waits for, has the run of a stage."""
+    deadline = time.monotonic() + 30
+    while label not in runs_of(project, "stage", "stopped"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def states_of_flows(project: Project) -> list[str]:
@@ -212,6 +220,7 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
         process = start_and_wait_for(project, "sparse: epoch")
         workers = children_of(process.pid)
         assert workers
+        wait_until_recorded(project, "sparse")
         stop(process)
         # Tests run beside this one; what is promised, five seconds, the torture holds it to.
         deadline = time.monotonic() + 20

@@ -4,6 +4,7 @@ becomes of one of them.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from flows import group
 from tests.flows.conftest import (
     Project,
     computed,
+    copy_of,
     free_port,
     from_nothing,
     new_project,
@@ -94,8 +96,15 @@ def ranks(project: Project) -> list[int]:
     return sorted(found)
 
 
+def before_sparse(finished: Project, folder: Path) -> Project:
+    """The finished experiment once more, without its sparse stage."""
+    project = copy_of((finished, None), folder)
+    shutil.rmtree(project.home / "stages" / project.manifests()["sparse"]["key"])
+    return project
+
+
 def begun(project: Project) -> subprocess.Popen[str]:
-    """The experiment on two processes, as soon as an epoch of its sparse stage is done."""
+    """A pipeline as soon as an epoch of its sparse stage is done."""
     command = project.command("frontier", str(project.params))
     running = subprocess.Popen(command, **project.options())
     wait_for_epoch(project, running)
@@ -105,7 +114,7 @@ def begun(project: Project) -> subprocess.Popen[str]:
 def test_a_process_that_is_killed_costs_nothing(
     both: tuple[Project, Project], tmp_path: Path
 ) -> None:
-    project = new_project(tmp_path, **TOGETHER)
+    project = before_sparse(both[1], tmp_path / "killed")
     running = begun(project)
     os.kill(ranks(project)[-1], signal.SIGKILL)
     assert running.wait(120) == 0
@@ -115,7 +124,7 @@ def test_a_process_that_is_killed_costs_nothing(
 
 
 def test_one_process_finishes_what_two_began(both: tuple[Project, Project], tmp_path: Path) -> None:
-    project = new_project(tmp_path, **TOGETHER)
+    project = before_sparse(both[1], tmp_path / "alone")
     running = begun(project)
     running.terminate()
     assert running.wait(60) != 0
