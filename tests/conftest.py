@@ -51,8 +51,9 @@ def _one_core() -> Iterator[None]:
     """Where tests share the machine, each process of pytest and what it starts stays on a core.
 
     Networks this small gain nothing from a second one, and two threads that wait for each other
-    while something else has their cores cost a third more.
+    while something else has their cores cost a third more: here there is one, with xdist or not.
     """
+    torch.set_num_threads(1)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     with on_cores([CORES[int(worker.removeprefix("gw")) % len(CORES)]] if worker else CORES):
         yield
@@ -61,14 +62,12 @@ def _one_core() -> Iterator[None]:
 @contextmanager
 def on_cores(cores: Iterable[int]) -> Iterator[None]:
     """Inside, this process and those that it starts have these cores alone."""
-    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
-        torch.set_num_threads(threads)
 
 
 def rendered_lines(count: int, seed: int = 0, text: TextSettings = DIGITS) -> Lines:

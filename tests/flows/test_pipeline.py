@@ -153,10 +153,10 @@ def start_and_wait_for(project: Project, text: str) -> subprocess.Popen[str]:
     pytest.fail(f"{text!r} was never printed")
 
 
-def wait_until_recorded(project: Project, label: str) -> None:
-    """Until MLflow, which no stage waits for, has the run of a stage."""
+def wait_until_sparse_is_recorded(project: Project) -> None:
+    """Until MLflow, which no stage waits for, has the run of the sparse stage."""
     deadline = time.monotonic() + 30
-    while label not in runs_of(project, "stage", "stopped"):
+    while "sparse" not in runs_of(project, "stage", "stopped"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -220,7 +220,7 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
         process = start_and_wait_for(project, "sparse: epoch")
         workers = children_of(process.pid)
         assert workers
-        wait_until_recorded(project, "sparse")
+        wait_until_sparse_is_recorded(project)
         stop(process)
         # Tests run beside this one; what is promised, five seconds, the torture holds it to.
         deadline = time.monotonic() + 20
