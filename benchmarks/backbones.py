@@ -14,11 +14,9 @@ a core of their own share the work, as in benchmarks.slimming.
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from random import sample
 
-from benchmarks.slimming import compute, frontier
+from benchmarks.slimming import frontier, shuffled
 from flows import project
 from flows.experiment import Experiment, load_experiment
 from flows.rows import ACCURACY, Row
@@ -51,12 +49,15 @@ def main() -> None:
     more = [f"ratios={RATIOS}", "quantize=null", *changed]
     experiment = load_experiment(Path(params), more)
     networks = {backbone: _settings(experiment, backbone) for backbone in named}
-    for backbone in sample(list(networks), len(networks)):
-        compute(partial(frontier, params, networks[backbone], more), _seeds(backbone, seeds))
+
+    def compute(network: str, seed: int) -> None:
+        frontier(params, networks[network], more, [seed])
+
+    shuffled(compute, [(b, seed) for b in networks for seed in _seeds(b, seeds)])
     if {TEACHER, STUDENT} <= networks.keys():
         checkpoint = frontier(params, networks[TEACHER], more, seeds[:1])[0]["checkpoint"]
         networks[TAUGHT] = _taught(experiment, project.home() / checkpoint)
-        compute(partial(frontier, params, networks[TAUGHT], more), seeds)
+        shuffled(compute, [(TAUGHT, seed) for seed in seeds])
     rows = {
         network: frontier(params, settings, more, _seeds(network, seeds))
         for network, settings in networks.items()

@@ -19,8 +19,9 @@ trainings, and times networks beside the other's work.
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from random import sample
 from statistics import mean, stdev
@@ -82,16 +83,27 @@ STRENGTHS = 6
 def main() -> None:
     """Compare, and print a table for each figure."""
     params, given_seeds, *given = sys.argv[1:]
-    more = ["export=null", *given]
     seeds = [int(seed) for seed in given_seeds.split(",")]
-    chosen = {}
-    for name in sample(list(WAYS), len(WAYS)):
-        chosen[name] = _at_best_strength(name, params, more, seeds[0])
-        compute(chosen[name][1], seeds)
+    way = partial(_way, params, ["export=null", *given])
+
+    @cache
+    def accuracy(name: str, strength: float | None) -> float:
+        rows = way(name, strength, "controls={}")(seeds[:1])[1:]
+        return mean(float(row[TUNED]) for row in rows)
+
+    shuffled(
+        accuracy, [(n, s) for n, (_, strengths, _) in WAYS.items() for s in strengths or [None]]
+    )
+    best = {
+        name: best_inside(strengths, partial(accuracy, name)) if strengths else None
+        for name, (_, strengths, _) in WAYS.items()
+    }
+    chosen = {name: way(name, strength) for name, strength in best.items()}
+    shuffled(lambda name, seed: chosen[name]([seed]), product(WAYS, seeds))
     compared: dict[str, Rows] = {}
-    for name in WAYS:
-        strength, of_seeds = chosen[name]
-        compared |= _with_controls(f"{name} {strength}".strip(), of_seeds(seeds))
+    for name, of_seeds in chosen.items():
+        title = name if best[name] is None else f"{name} {best[name]:.3g}"
+        compared |= _with_controls(title, of_seeds(seeds))
     for title, figure in FIGURES.items():
         print(f"\n{title}\n")
         print(*table(compared, figure), sep="\n")
@@ -108,31 +120,19 @@ def frontier(params: str, settings: list[str], more: list[str], seeds: list[int]
     return rows
 
 
-def compute(of_seeds: OfSeeds, seeds: list[int]) -> None:
-    """Have the stages of a frontier cached; in random order, so that processes share the work."""
-    for seed in sample(seeds, len(seeds)):
-        of_seeds([seed])
+def shuffled(work: Callable[..., object], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Do work with each of arguments, in random order: processes that do the same share it."""
+    every = list(arguments)
+    for each in sample(every, len(every)):
+        work(*each)
 
 
-def _at_best_strength(name: str, params: str, more: list[str], seed: int) -> tuple[str, OfSeeds]:
-    """A way with the strength whose cuts of one seed read best on average, and that strength."""
-    settings, grid, cut = WAYS[name]
-
-    def at(*changes: str) -> OfSeeds:
-        of_seeds = partial(frontier, params, [*settings, *changes], more)
-        return partial(_cut_otherwise, params, more, cut, of_seeds) if cut else of_seeds
-
-    @cache
-    def accuracy(strength: float) -> float:
-        rows = at(f"sparse.strength={strength:.3g}", "controls={}")([seed])[1:]
-        return mean(float(row[TUNED]) for row in rows)
-
-    if not grid:
-        return "", at()
-    for strength in sample(grid, len(grid)):
-        accuracy(strength)
-    best = f"{best_inside(grid, accuracy):.3g}"
-    return best, at(f"sparse.strength={best}")
+def _way(params: str, more: list[str], name: str, strength: float | None, *changes: str) -> OfSeeds:
+    """What gives the rows of a way with a strength, None where it needs none."""
+    settings, _, cut = WAYS[name]
+    given = [] if strength is None else [f"sparse.strength={strength:.3g}"]
+    of_seeds = partial(frontier, params, [*settings, *given, *changes], more)
+    return partial(_cut_otherwise, params, more, cut, of_seeds) if cut else of_seeds
 
 
 def best_inside(grid: tuple[float, ...], accuracy: Callable[[float], float]) -> float:
