@@ -46,7 +46,7 @@ FIGURES = {
 UNTAUGHT = ["sparse.distill=0", "finetune.distill=0", "baseline.distill=null", "teacher=null"]
 ARTICLE = [*UNTAUGHT, "prune.selection=reference", "prune.compensate=false"]
 SUBGRADIENT = "sparse.method=subgradient"
-SUBGRADIENTS = (3e-3, 1e-2, 3e-2)
+SUBGRADIENTS = (1e-2, 3e-2, 1e-1)
 
 
 class Way(NamedTuple):
@@ -69,7 +69,7 @@ WAYS = {
     "auto, fine-tuning taught as well": Way(["finetune.distill=1"]),
     "auto, statistics estimated anew": Way(["finetune.recalibrate=2000"]),
     "auto, every cut of the last network": Way(cut=of_the_last),
-    "proximal": Way(["sparse.method=proximal"], (0.2, 0.4, 0.8)),
+    "proximal": Way(["sparse.method=proximal"], (0.4, 0.8, 1.6)),
     "polarization": Way(["sparse.method=polarization"], (0.025, 0.05, 0.1)),
     "subgradient": Way([SUBGRADIENT], SUBGRADIENTS),
     "the reference rule": Way([*ARTICLE, SUBGRADIENT], SUBGRADIENTS),
@@ -91,13 +91,15 @@ def main() -> None:
         rows = way(name, strength, "controls={}")(seeds[:1])[1:]
         return mean(float(row[TUNED]) for row in rows)
 
+    def best_of(name: str) -> float | None:
+        strengths = WAYS[name].strengths
+        return best_inside(strengths, partial(accuracy, name)) if strengths else None
+
     shuffled(
         accuracy, [(n, s) for n, (_, strengths, _) in WAYS.items() for s in strengths or [None]]
     )
-    best = {
-        name: best_inside(strengths, partial(accuracy, name)) if strengths else None
-        for name, (_, strengths, _) in WAYS.items()
-    }
+    shuffled(best_of, [(name,) for name in WAYS])
+    best = {name: best_of(name) for name in WAYS}
     chosen = {name: way(name, strength) for name, strength in best.items()}
     shuffled(lambda name, seed: chosen[name]([seed]), product(WAYS, seeds))
     compared: dict[str, Rows] = {}
