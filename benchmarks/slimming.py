@@ -1,7 +1,6 @@
 """How the ways to slim compare: the same data, baseline, budget and seeds for each.
 
     .venv/bin/python -m benchmarks.slimming params/quickstart.yaml 0,1,2
-    .venv/bin/python -m benchmarks.slimming params/sroie.yaml 0 name=full model.width=1  # a day
 
 Takes a params file, the seeds, and section.key=value for what shall differ from the file. Each way
 is a frontier of cached stages with a setting or two changed, so that a comparison that was
