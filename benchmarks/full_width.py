@@ -5,8 +5,7 @@
 Takes a params file, and section.key=value for what shall differ from it. The charset of its data is
 filled up with Chinese characters that no label has: they cost what they cost the article, and the
 network has to learn not to read them. Cut are the CNN alone, at 0.62 and 0.87, and, at 0.62, the
-LSTM and the head as well. Processes with a core of their own share the work, as in
-benchmarks.slimming.
+LSTM and the head as well.
 """
 
 import sys
