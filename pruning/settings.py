@@ -12,9 +12,10 @@ class SparseSettings(TrainSettings):
 
     method `auto` drives target_ratio of the channels to exact zeros by itself. The others need a
     strength, s of Network Slimming: `subgradient` adds s x sign(gamma) to the gradient (the
-    article took 1e-4), `proximal` shrinks |gamma| by learning rate x s after each step (start from
-    0.2), `polarization` pushes small gammas to 0 and large ones to 1 in the same way. distill is
-    the weight of learning from the teacher, else the baseline, beside the labels, 0 for not at all.
+    article took 1e-4, the quickstart's few epochs need 0.1), `proximal` shrinks |gamma| by learning
+    rate x s after each step (the quickstart needs 0.8), `polarization` pushes small gammas to 0 and
+    large ones to 1 in the same way. distill is the weight of learning from the teacher, else the
+    baseline, beside the labels, 0 for not at all.
     """
 
     method: Literal["auto", "subgradient", "proximal", "polarization"] = "auto"
