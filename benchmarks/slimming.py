@@ -69,7 +69,7 @@ WAYS = {
     "auto, statistics estimated anew": Way(["finetune.recalibrate=2000"]),
     "auto, every cut of the last network": Way(cut=of_the_last),
     "proximal": Way(["sparse.method=proximal"], (0.4, 0.8, 1.6)),
-    "polarization": Way(["sparse.method=polarization"], (0.2, 0.4, 0.8)),
+    "polarization": Way(["sparse.method=polarization"], (0.025, 0.05, 0.1)),
     "subgradient": Way([SUBGRADIENT], SUBGRADIENTS),
     "the reference rule": Way([*ARTICLE, SUBGRADIENT], SUBGRADIENTS),
     "Torch-Pruning's BNScalePruner": Way([*ARTICLE, SUBGRADIENT], SUBGRADIENTS, by_torch_pruning),
