@@ -2,10 +2,11 @@
 
     .venv/bin/python -m benchmarks.reading params/sroie.yaml MODEL.onnx [MODEL.onnx ...]
 
-Every candidate reads every line, one at a time on one thread, each in turn. Beam search is tried
-with the first model; its language is the labels of train. Where `pip install rapidocr-onnxruntime`
-has been done (another environment will do), its PP-OCRv4 recogniser reads along. It was not trained
-on such lines and often leaves out spaces: the table has the accuracy without spaces as well.
+Takes section.key=value as well, for what shall differ from the params file. Every candidate reads
+every line, one at a time on one thread, each in turn. Beam search is tried with the first model;
+its language is the labels of train. Where `pip install rapidocr-onnxruntime` has been done (another
+environment will do), its PP-OCRv4 recogniser reads along. It was not trained on such lines and
+often leaves out spaces: the table has the accuracy without spaces as well.
 """
 
 import sys
@@ -30,8 +31,10 @@ Read = Callable[[Image.Image], str]
 
 def main() -> None:
     """Read, and print a table."""
-    params, *models = sys.argv[1:]
-    train, val = open_sources(load_experiment(Path(params)))
+    params, *given = sys.argv[1:]
+    models = [word for word in given if "=" not in word]
+    changed = [word for word in given if "=" in word]
+    train, val = open_sources(load_experiment(Path(params), changed))
     candidates: dict[str, tuple[Read, int]] = {}
     for model in models:
         candidates[model] = (_greedy(model), Path(model).stat().st_size)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Make a CRNN text recogniser small by network slimming, as a cached pipeline.",
+    epilog="--debug, with any command, adds the traceback to an error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -195,7 +196,7 @@ def show(
     sweep: Annotated[str, typer.Argument(help="Experiment, EXPERIMENT/SWEEP, or sweep.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show the table of a finished sweep, of an experiment the newest."""
+    """Show the table of a finished sweep; for an experiment, of its newest."""
     from flows.listing import folder_of, rows_of
 
     folder = folder_of(sweep)
@@ -231,7 +232,9 @@ def compare(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="Checkpoint file, or an MLflow URI (runs:/...).")],
+    model: Annotated[
+        str, typer.Argument(help="ONNX file, checkpoint, or MLflow URI (models:/...).")
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
     beam: Annotated[
         int, typer.Option(min=0, max=1000, help="Texts that beam search follows; 0: greedy.")
@@ -370,7 +373,7 @@ def schedule(
     timezone: Annotated[str, typer.Option(help="Of the cron, such as Europe/Berlin.")] = "UTC",
     overlap: Annotated[
         Literal["skip", "queue", "allow"],
-        typer.Option(help="Of a run whose time comes while the last one is under way."),
+        typer.Option(help="What becomes of a run that is due while the last one is under way."),
     ] = "skip",
     set: Overrides = None,
 ) -> None:
