@@ -92,6 +92,8 @@ def weight(amount: float, device: torch.device) -> float:
     Returns:
         The amount over the processes' mean amount.
     """
+    if not dist.is_initialized():
+        return 1.0  # Without waiting for the device.
     return amount / float(mean(torch.tensor(float(amount), device=device)))
 
 

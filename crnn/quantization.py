@@ -28,7 +28,7 @@ from crnn.reading import PIXELS, normalised
 
 STATIC = ("Conv", "MatMul")
 DYNAMIC = ("LSTM",)
-"""Operations that are quantized, with fixed ranges and with those of each line."""
+"""Operations that are quantized, with fixed ranges and with those of each batch."""
 
 BETWEEN = ("Relu", "MaxPool")
 """Operations behind a convolution that go along: its range is then that of what is left of it."""

@@ -42,7 +42,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline, as the five things its result is a function of.
+    """One step of the pipeline, as what its result is a function of, and a label.
 
     Attributes:
         name: Kind of stage: "baseline", "prune", ...
@@ -273,7 +273,8 @@ def _sealed(manifest: Manifest) -> bytes:
     return json.dumps({**content, SEAL: seal}, indent=1).encode()
 
 
-def epochs_done(out: Path) -> int:
-    """How many epochs a training has recorded in the folder of its files."""
-    history = out / HISTORY
-    return len(history.read_text(encoding="utf-8").splitlines()) if history.exists() else 0
+def history(out: Path) -> list[dict[str, Any]]:
+    """Records of the finished epochs of a training, in the folder of its files."""
+    if not (out / HISTORY).exists():
+        return []
+    return [json.loads(line) for line in (out / HISTORY).read_text(encoding="utf-8").splitlines()]

@@ -12,7 +12,7 @@ from typing import Any
 from crnn.charset import Charset
 from crnn.data import images
 from crnn.data.sources import Dataset, Shards, open_source
-from crnn.errors import CheckpointError, SettingsError
+from crnn.errors import CheckpointError, PassingError, SettingsError
 from crnn.files import sha256, write_atomic
 from crnn.settings import (
     VGG13,
@@ -117,11 +117,21 @@ def _initial(section: BaselineSettings, model: ModelSettings, seed: int) -> dict
 
 
 def checkpoint_of(experiment: Experiment, stage: Stage) -> str | None:
-    """Path of the checkpoint that a stage starts from."""
+    """Path of the checkpoint that a stage starts from.
+
+    Raises:
+        PassingError: It is no longer the one that the stage's key was made of.
+    """
     if (digest := stage.settings.get("checkpoint")) is None:
         return None
     paths = _checkpoints(experiment)
-    return next((path for path in paths if _digest_of_file(Path(path)) == digest), None)
+    for path in paths:
+        if _digest_of_file(Path(path)) == digest:
+            return path
+    raise PassingError(
+        f"{', '.join(paths)} was changed while the pipeline ran; run again to start from what it"
+        " is now"
+    )
 
 
 def _checkpoints(experiment: Experiment) -> list[str]:
@@ -287,8 +297,7 @@ def judge_stage(data: Manifest, exported: Manifest) -> Stage:
 
 def measure_stage(network: Variant) -> Stage:
     """Cost of a network, and of its file where there is one."""
-    names = ["model", "export"] if network.exported else ["model"]
-    inputs = _files(network, names)
+    inputs = _files(network, ["model", "export"])
     return Stage("measure", f"measure {network.label}", {}, inputs, VERSIONS["measure"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from crnn.errors import UserError
 from flows import project
-from flows.cache import epochs_done
+from flows.cache import history
 from flows.locks import is_free
 from flows.rows import ACCURACY, Row
 
@@ -45,7 +45,7 @@ def stages_under_way() -> Iterator[dict[str, Any]]:
             "stage": job.get("label", job["stage"]),
             "key": path.parent.name,
             "state": "stopped" if is_free(path.parent.name) else "running",
-            "epochs": epochs_done(path.parent / "out"),
+            "epochs": len(history(path.parent / "out")),
             "of": job["settings"].get("train", {}).get("epochs"),
             "since": _when(path),
         }
@@ -69,7 +69,11 @@ def folder_of(name: str) -> Path:
     reports = project.reports_folder()
     if (reports / name / ROWS).is_file():
         return reports / name
-    found = list(reports.glob(f"{name}/*/{ROWS}")) or list(reports.glob(f"*/{name}/{ROWS}"))
+    found = [
+        path
+        for path in reports.glob(f"*/*/{ROWS}")
+        if name in (path.parent.name, path.parents[1].name)
+    ]
     if not found:
         raise UserError(f"no sweep of {name} in {reports}; `crnn-slim runs` lists those there are")
     return max((path.parent for path in found), key=lambda folder: folder.stat().st_mtime)

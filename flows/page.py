@@ -166,9 +166,7 @@ def _curves(rows: Sequence[Row], base: Path | None, sparse: Path | None) -> dict
             folders[row["point"]] = _folder(row, stage)
     found = {}
     for name, folder in folders.items():
-        path = folder / cache.HISTORY if folder else None
-        if path and path.exists():
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if folder and (records := cache.history(folder)):
             found[name] = {
                 figure: [round(factor * record[metric], 4) for record in records]
                 for figure, (metric, factor) in CURVES.items()

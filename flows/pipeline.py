@@ -54,7 +54,7 @@ class Frontier:
     """A finished sweep.
 
     Attributes:
-        rows: The baseline and one row for each ratio.
+        rows: The baseline, and every network that was made of it or beside it.
         computed: Labels of the stages that had to be computed.
         sweep_run: MLflow run of the sweep, or None where MLflow could not be reached.
         charts: Address of its charts in MLflow, or None where MLflow could not be reached.
@@ -87,14 +87,14 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
         UserError: A mistake in the data or the settings.
     """
     project.configure_environment()  # A worker of Prefect's comes here directly.
-    store.use(experiment.execution.store)
-    _require_servers_for_all(experiment.execution)
     tracker = Tracker(experiment.name, display.say)
     forecast = forecast_of(experiment, parallel_finetunes(experiment))
     stop = threading.Event()
     context = Context(experiment, tracker, [], forecast, stop, experiment.training_seeds[0])
     _warn_beyond_target(experiment)
     try:
+        store.use(experiment.execution.store)
+        _require_servers_for_all(experiment.execution)
         with runner(experiment.execution), attended(experiment.name, forecast, stop):
             try:
                 return _persistently(context)

@@ -283,6 +283,7 @@ def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
     from flows.page import page_of
 
     header, cells = table_cells(rows)
+    figures = (*AXES, ACCURACY, f"{ACCURACY}_low", f"{ACCURACY}_high")
     shown = {
         "title": title,
         "subject": f"{subject(title, rows)}; word accuracy with 95% intervals",
@@ -292,7 +293,7 @@ def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
         "table": {"header": header, "cells": cells},
         "rows": [
             {
-                **_figures(row),
+                **{name: row[name] for name in figures if name in row},
                 "point": row["point"],
                 "kind": _kind(row),
                 "frontier": row.get("frontier", title),
@@ -301,11 +302,6 @@ def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
         ],
     }
     return page_of(shown, details)
-
-
-def _figures(row: Row) -> dict[str, float]:
-    names = (*AXES, ACCURACY, f"{ACCURACY}_low", f"{ACCURACY}_high")
-    return {name: row[name] for name in names if name in row}
 
 
 def readiness_picture(verdict: "Readiness", epochs: Sequence[tuple[float, float]]) -> bytes:

@@ -94,10 +94,13 @@ def _say_how_it_cut(manifest: Manifest) -> None:
         display.say(f"{manifest.label}: the cut itself lost {lost:.1f} points of word accuracy")
     achieved = figures.get("prune/ratio_achieved", 1)
     if figures.get("prune/ratio_requested", 0) - achieved > SHORT_OF_RATIO:
-        display.say(
-            f"{manifest.label}: only {100 * achieved:.1f}% of the channels go: prune.round_to takes"
-            " no live ones along while enough are dead; a higher sparse.target_ratio leaves more"
+        reason = (
+            "prune.selection: reference takes nowhere else what a floor saves"
+            if manifest.settings["prune"]["selection"] == "reference"
+            else "prune.round_to takes no live ones along while enough are dead; a higher"
+            " sparse.target_ratio leaves more"
         )
+        display.say(f"{manifest.label}: only {100 * achieved:.1f}% of the channels go: {reason}")
 
 
 def _elsewhere(experiment: Experiment, seed: int, mlflow: str) -> Context:
@@ -167,10 +170,10 @@ def find_or_compute(
             sharing = stage.name in definitions.SHARING
             parallel = parallel_finetunes(context.experiment) if sharing else 1
             count = math.ceil(len(allowed) / parallel)
+            if context.elsewhere:
+                for upstream in stage.inputs.values():
+                    bring(upstream, log)
             with seats(count, allowed, context.stop.is_set, log):
-                if context.elsewhere:
-                    for upstream in stage.inputs.values():
-                        bring(upstream, log)
                 manifest = _compute(context, stage, count, lock, log)
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
@@ -182,10 +185,14 @@ def find_or_compute(
 def bring(manifest: Manifest, log: Callable[[str], None]) -> None:
     """Have the files of a stage here that a worker of a cluster has finished.
 
+    One thread fetches them, others that need them wait for it.
+
     Raises:
         StoreError: They are gone from the store.
     """
-    if not manifest.folder.is_dir() and cache.find(manifest.key, log) is None:
+    with single_flight(manifest.key, log=log):
+        found = manifest.folder.is_dir() or cache.find(manifest.key, log)
+    if not found:
         raise store.StoreError(f"{manifest.key} is gone from the store; run again to compute it")
 
 

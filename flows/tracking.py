@@ -4,7 +4,6 @@ Runs are projections of results on disk, found by tags, so that recording twice 
 and what an outage kept from being recorded is recorded when MLflow is back, or at the next run.
 """
 
-import json
 import logging
 import math
 import time
@@ -23,7 +22,7 @@ from mlflow.tracking import MlflowClient
 
 from crnn.errors import CheckpointError, TrackingError
 from flows import project
-from flows.cache import GAMMAS, HISTORY, MANIFEST, SNAPSHOTS, Manifest, Stage
+from flows.cache import GAMMAS, MANIFEST, SNAPSHOTS, Manifest, Stage, history
 from flows.locks import is_free, single_flight
 from flows.rows import figures_in
 from flows.views import FRONTIER, TRAINING, page_of_view, view_tags
@@ -47,7 +46,8 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # It logs
 class Tracker:
     """Records of one experiment, written by a thread: no stage waits for MLflow.
 
-    Every method but `sweep` returns at once. All of them survive an MLflow that cannot be reached.
+    Every method but `sweep` and `ask` returns at once. All of them survive an MLflow that cannot be
+    reached.
 
     Attributes:
         experiment_id: MLflow experiment, or None while MLflow cannot be reached.
@@ -186,11 +186,11 @@ class Tracker:
             self._log_epochs(self._runs[stage.key], folder)
 
     def _log_epochs(self, run_id: str, folder: Path) -> None:
-        if not (folder / HISTORY).exists():
+        records = history(folder)
+        if not records:
             return
         logged = {m.step for m in self._client.get_metric_history(run_id, "train/loss")}
-        for line in (folder / HISTORY).read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in records:
             step = record.pop("epoch")
             if step in logged:
                 continue
@@ -228,8 +228,11 @@ class Tracker:
     def _complete(self, run_id: str, manifest: Manifest) -> None:
         self._log_epochs(run_id, manifest.folder)
         logged = self._client.get_run(run_id).data.metrics
-        if HISTORY not in manifest.files and manifest.metrics != logged:
-            self._client.log_batch(run_id, metrics=_metrics(manifest.metrics, 0))
+        # A training's figures are those of its last epoch, and what came of it after that.
+        more = {n: value for n, value in manifest.metrics.items() if logged.get(n) != value}
+        if more:
+            last = len(history(manifest.folder))
+            self._client.log_batch(run_id, metrics=_metrics(more, last))
         for name in [*manifest.files, MANIFEST]:
             # Snapshots are large, and of use to the cache alone.
             if not name.startswith(SNAPSHOTS):

@@ -83,7 +83,7 @@ def _silent(event: dict[str, Any]) -> None:
 
 def _compute(job: dict[str, Any], emit: Emit, folder: Path) -> dict[str, Any]:
     """Run the stage that the job names, in its work folder."""
-    from flows.stages.training import history
+    from flows.cache import history
     from flows.stages.work import Work, run_timed
 
     work = Work(job, folder, folder / "out", emit)

@@ -40,15 +40,10 @@ def _largest_gammas(group: Group, norms: dict[str, nn.BatchNorm2d]) -> Tensor:
     return largest
 
 
-def share_zero(model: Recogniser) -> float:
-    """Share of the channels whose gammas are all exactly zero."""
-    return float((torch.cat(absolute_gammas(model)) == 0).float().mean())
-
-
 def gamma_statistics(model: Recogniser) -> dict[str, float]:
     """Quantiles of |gamma| over all channels, and the shares at and near zero."""
     values = torch.cat(absolute_gammas(model)).float().cpu()
     statistics = {f"gamma/q{round(100 * q):02d}": float(values.quantile(q)) for q in QUANTILES}
     statistics["gamma/share_near_zero"] = float((values < NEAR_ZERO).float().mean())
-    statistics["gamma/share_zero"] = share_zero(model)
+    statistics["gamma/share_zero"] = float((values == 0).float().mean())
     return statistics

@@ -48,6 +48,14 @@ def keep_masks(
             torch.where(m > 0, m, -1 / (1 + order.cpu()))
             for m, order in zip(magnitudes, deaths, strict=True)
         ]
+    sizes = [len(m) for m in magnitudes]
+    wanted, free = int(sum(sizes) * Decimal(str(prune_ratio))), _free(sizes, settings)
+    if wanted > free:
+        raise SettingsError(
+            f"prune ratio {prune_ratio} would remove {wanted} of {sum(sizes)} channels, but the"
+            f" floors (prune.min_channels, prune.min_ratio, prune.round_to) allow {free}; the"
+            f" largest ratio is {ratio_of(free, sum(sizes))}"
+        )
     select = _exact if settings.selection == "exact" else _reference
     widths = select(magnitudes, prune_ratio, settings)
     return [_largest(m, width) for m, width in zip(magnitudes, widths, strict=True)]
@@ -56,8 +64,7 @@ def keep_masks(
 def largest_ratio(gammas: Sequence[Tensor], settings: PruneSettings) -> float:
     """Highest prune ratio of at most four decimals that the floors of all layers allow."""
     sizes = [len(gamma) for gamma in gammas]
-    free = sum(sizes) - sum(_floor(size, settings) for size in sizes)
-    return ratio_of(free, sum(sizes))
+    return ratio_of(_free(sizes, settings), sum(sizes))
 
 
 def ratio_of(count: int, channels: int) -> float:
@@ -73,13 +80,6 @@ def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> l
     dead = sum(int((m <= 0).sum()) for m in ranked)
     spare_live = settings.round_to > 1 and left <= dead
     blocks = sorted(_blocks(ranked, settings.round_to))
-    free = sum(size for *_, size in blocks)
-    if left > free:
-        raise SettingsError(
-            f"prune ratio {ratio} would remove {left} of {sum(widths)} channels, but the floors"
-            f" (prune.min_channels, prune.min_ratio, prune.round_to) allow {free}; the largest"
-            f" ratio is {ratio_of(free, sum(widths))}"
-        )
     for worth, layer, _, size in blocks:
         if size > left or (spare_live and worth > 0):
             break
@@ -107,6 +107,11 @@ def _reference(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) 
     flat = torch.cat(magnitudes).sort().values
     threshold = flat[int(len(flat) * ratio)]
     return [max(int((m > threshold).sum()), _floor(len(m), settings)) for m in magnitudes]
+
+
+def _free(sizes: Sequence[int], settings: PruneSettings) -> int:
+    """How many channels of layers of these sizes the floors let go."""
+    return sum(sizes) - sum(_floor(size, settings) for size in sizes)
 
 
 def _floor(channels: int, settings: PruneSettings) -> int:

@@ -15,7 +15,8 @@ class SparseSettings(TrainSettings):
     article took 1e-4, the quickstart's few epochs need 0.1), `proximal` shrinks |gamma| by learning
     rate x s after each step (the quickstart needs 0.8), `polarization` pushes small gammas to 0 and
     large ones to 1 in the same way. distill is the weight of learning from the teacher, else the
-    baseline, beside the labels, 0 for not at all.
+    baseline, beside the labels, 0 for not at all. from_baseline: false starts with fresh weights;
+    without a teacher section nothing teaches then.
     """
 
     method: Literal["auto", "subgradient", "proximal", "polarization"] = "auto"

@@ -6,8 +6,8 @@ images. It can be sent to another process; files are opened there again.
 
 import hashlib
 import json
-import mmap
 import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
@@ -25,6 +25,9 @@ from crnn.data.render import VERSION, fonts_for, render_label, render_line
 from crnn.errors import DataError
 from crnn.files import sha256
 from crnn.settings import DataSettings, TextSettings
+
+LINE = 512
+"""Bytes that are read of a label file at once: more than most lines have."""
 
 
 class Source(Protocol):
@@ -67,16 +70,16 @@ class LabelFile:
             raise DataError(f"no label file at {path}; set data.root and data.train or data.val")
 
     @cached_property
-    def _text(self) -> mmap.mmap | bytes:
-        with self.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _file(self) -> int:
+        """Its descriptor. Not a map: a file that shrinks kills whoever has it mapped."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     @cached_property
     def _starts(self) -> np.ndarray:
         """Byte offset of each non-empty line."""
-        data = np.frombuffer(self._text, dtype=np.uint8)
+        data = np.fromfile(self.path, dtype=np.uint8)
         ends = np.flatnonzero(data == ord("\n"))
         starts = np.concatenate([[3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0], ends + 1])
         starts = starts[starts < len(data)]
@@ -91,8 +94,10 @@ class LabelFile:
 
     def _fields(self, index: int) -> tuple[str, str]:
         start = int(self._starts[index])
-        end = self._text.find(b"\n", start)
-        line = self._text[start : end if end >= 0 else len(self._text)]
+        line = b""
+        while b"\n" not in line and (more := os.pread(self._file, LINE, start + len(line))):
+            line += more
+        line = line.partition(b"\n")[0]
         try:
             path, tab, label = line.decode("utf-8").rstrip("\r").partition("\t")
         except UnicodeDecodeError as error:
@@ -133,7 +138,8 @@ class LabelFile:
         return _stamp(chain([self.path], (path for _, path in self._files())))
 
     def digest(self) -> str:
-        total = hashlib.sha256(self._text)
+        with self.path.open("rb") as file:
+            total = hashlib.file_digest(file, "sha256")
         for name, path in self._files():
             total.update(name.encode())
             try:

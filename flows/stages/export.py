@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def export(work: Work) -> Outcome:
     checkpoint = load_checkpoint(work.input("model"))
     export_onnx(work.out / ONNX, checkpoint, settings, _provenance(work))
     found, difference, differing = _read_with_both(
-        load_exported(work.out / ONNX), reader_of(checkpoint), work.lines("val")
+        opened(work.out / ONNX), reader_of(checkpoint), work.lines("val")
     )
     if difference > TOLERANCE or differing:
         raise CheckpointError(
@@ -73,7 +74,7 @@ def judge(work: Work) -> Outcome:
     A character that is not among its own is one that it reads wrongly. Lines are squeezed to its
     own widest, as they are where it serves.
     """
-    exported = load_exported(work.input("export"))
+    exported = opened(work.input("export"))
     lines = replace(work.lines("val"), max_width=exported.max_width)
     scores = score(read_exported(exported, evaluation_batches(lines)), work.unseen())
     work.write_json("scores.json", scores)
@@ -114,6 +115,11 @@ def _are_tied(network: Reader, pixels: np.ndarray, one: np.ndarray, other: np.nd
     frames = np.flatnonzero(one != other)
     gaps = line[frames, one[frames]] - line[frames, other[frames]]
     return bool(np.abs(gaps).max() <= TOLERANCE)
+
+
+def opened(path: Path) -> Reader:
+    """An export that reads on this stage's share of the cores: left to itself it takes them all."""
+    return load_exported(path, torch.get_num_threads())
 
 
 def read_exported(exported: Reader, batches: Iterable[Batch]) -> list[Reading]:

@@ -12,10 +12,10 @@ from crnn.evaluation import score
 from crnn.fake_quantization import fake_quantized
 from crnn.metrics import word_accuracy
 from crnn.quantization import layers_of, quantize
-from crnn.reading import Reader, load_exported
+from crnn.reading import Reader
 from crnn.settings import QuantizeSettings
 from flows.cache import MODEL, ONNX
-from flows.stages.export import pixels_of, read_exported, write_errors
+from flows.stages.export import opened, pixels_of, read_exported, write_errors
 from flows.stages.training import train
 from flows.stages.work import Outcome, Work
 from pruning.coupling import groups_of
@@ -32,7 +32,7 @@ def int8(work: Work) -> Outcome:
     """
     settings = QuantizeSettings.model_validate(work.settings["quantize"])
     path, train_lines = work.input("export"), work.lines("train")
-    exact = load_exported(path)
+    exact = opened(path)
     plain = evaluation_batches(train_lines.sample(settings.calibration_lines))
     calibration = [pixels_of(batch) for batch in plain]
     # Without loader processes: each batch that is kept would keep their files open.
@@ -43,7 +43,7 @@ def int8(work: Work) -> Outcome:
 
     def quantized(layers: Sequence[str]) -> Reader:
         quantize(path, target, calibration, layers)
-        return load_exported(target)
+        return opened(target)
 
     def drop(reader: Reader) -> float:
         return 100 * (truth - _accuracy(reader, judged))
@@ -57,7 +57,7 @@ def int8(work: Work) -> Outcome:
         shutil.copyfile(path, target)
     left = [layer for layer in every if layer not in layers]
     work.write_json("layers.json", {"int8": layers, "float": left})
-    found = read_exported(load_exported(target), evaluation_batches(work.lines("val")))
+    found = read_exported(opened(target), evaluation_batches(work.lines("val")))
     write_errors(work, found)
     return ONNX, {
         **score(found, work.unseen()),

@@ -23,10 +23,10 @@ from crnn.evaluation import evaluate
 from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.training import Run
-from flows.cache import MODEL, READINESS, SNAPSHOTS
+from flows.cache import MODEL, READINESS, SNAPSHOTS, history
 from flows.report import readiness_picture
 from flows.rows import ACCURACY
-from flows.stages.training import history, initial_model, refuse_impossible_cuts, teacher_of, train
+from flows.stages.training import initial_model, refuse_impossible_cuts, teacher_of, train
 from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import absolute_gammas, widths
 from pruning.readiness import Readiness, live_removed, readiness

@@ -18,8 +18,8 @@ from crnn.networks.recogniser import Recogniser
 from crnn.settings import BaselineSettings, ModelSettings, TrainSettings
 from crnn.training import Penalty, Run, Teacher, fit, recalibrate, start
 from flows import project
-from flows.cache import GAMMAS, HISTORY, MODEL, STATE
-from flows.stages.work import Outcome, Work
+from flows.cache import GAMMAS, HISTORY, MODEL, STATE, history
+from flows.stages.work import Outcome, Work, proven
 from pruning.cost import COSTS, out_of_reach
 from pruning.gammas import absolute_gammas, gamma_statistics, widths
 from pruning.selection import keep_masks, largest_ratio
@@ -30,13 +30,14 @@ from pruning.surgery import refuse_uncuttable
 
 def baseline(work: Work) -> Outcome:
     """Train the uncut network, from scratch or from a checkpoint."""
-    model = initial_model(work, work.job["checkpoint"] or work.settings["model"])
+    if given := work.job["checkpoint"]:
+        proven(Path(given), work.settings["checkpoint"])
+    model = initial_model(work, given or work.settings["model"])
     if rank() == 0:  # The others may be on a busier machine, without the checkpoint.
         to_cut = work.job["to_cut"]
         refuse_impossible_cuts(work, initial_model(work, to_cut) if to_cut else model)
     work.write_summary(model)
-    given = {**work.settings["train"], "checkpoint": work.job["checkpoint"]}
-    settings = BaselineSettings.model_validate(given)
+    settings = BaselineSettings.model_validate({**work.settings["train"], "checkpoint": given})
     teacher = teacher_of(work, settings.distill or 0)
     return MODEL, train(work, model, settings, teacher=teacher)[1]
 
@@ -178,13 +179,6 @@ def _run(work: Work, model: Recogniser, settings: TrainSettings) -> Run:
                 f"{error}; set aside as {aside}, run again to start this stage anew"
             ) from error
     return start(model, settings, work.seed)
-
-
-def history(out: Path) -> list[dict[str, float]]:
-    """Records of the finished epochs of a training."""
-    if not (out / HISTORY).exists():
-        return []
-    return [json.loads(line) for line in (out / HISTORY).read_text(encoding="utf-8").splitlines()]
 
 
 def _save_gammas(out: Path, model: Recogniser, epoch: int) -> None:

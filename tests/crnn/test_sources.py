@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -38,6 +39,16 @@ def test_label_files_with_any_line_end_read_the_same(
     source = LabelFile(path, tmp_path)
     assert [source.name(i) for i in range(len(source))] == ["a.png", "b/c.png"]
     assert [source.label(i) for i in range(len(source))] == ["one two", " 京A\t"]
+
+
+def test_a_label_file_that_shrinks_under_a_reader_kills_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("".join(f"{number}.png\tsome text\n" for number in range(20_000)))
+    source = LabelFile(path, tmp_path)
+    assert source.label(19_999) == "some text"
+    os.truncate(path, 10)
+    with pytest.raises(DataError, match="no tab"):
+        source.label(19_999)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def test_other_samples_are_refused_unless_asked_for() -> None:
         (["tiny"], "two or more different"),
         (["tiny", "tiny"], "two or more different"),
         (["tiny", "nothing"], "no sweep of nothing"),
+        (["tiny", "/nowhere/nothing"], "no sweep of /nowhere/nothing"),
+        (["tiny", ""], "no sweep of "),
         (["tiny", "absent.yaml"], "cannot read params file"),
     ],
 )

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 
 from crnn.charset import Charset
+from crnn.checkpoint import load_checkpoint
 from crnn.data.render import render_line
+from crnn.export import export_onnx
 from crnn.reading import Reader, load_exported
-from flows.stages.export import _are_tied
+from crnn.settings import ExportSettings
+from flows.stages.export import _are_tied, opened
 from tests.conftest import CORES, DIGITS, on_cores
 from tests.flows.conftest import Project, copy_of, points_of
 
@@ -59,6 +62,22 @@ def test_every_point_is_exported_measured_and_reads_the_same(
     assert one["text"] == other["text"]
     assert abs(one["confidence"] - other["confidence"]) < 1e-4
     assert project.frontier(*exporting)["computed"] == []
+
+
+def test_an_export_starts_no_threads_beyond_a_stage_s_cores(
+    finished: Finished, tmp_path: Path
+) -> None:
+    network = load_checkpoint(finished[0].home / finished[1]["rows"][0]["checkpoint"])
+    export_onnx(tmp_path / "model.onnx", network, ExportSettings(), {})
+    before = len(list(Path("/proc/self/task").iterdir()))
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        reader = opened(tmp_path / "model.onnx")
+    finally:
+        torch.set_num_threads(cores)
+    assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert reader.charset == network.charset
 
 
 def test_a_tie_between_classes_is_no_difference() -> None:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
 from crnn.errors import PassingError
+from crnn.files import sha256, write_atomic
+from flows.cache import Stage
 from flows.cli import _explain
+from flows.definitions import checkpoint_of
+from flows.experiment import Experiment
 from flows.stages.work import proven
-from tests.flows.conftest import Project, copy_of, new_project
+from tests.flows.conftest import TINY, Project, copy_of, new_project
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -25,6 +30,26 @@ def test_a_file_that_changed_since_it_was_found_is_not_read(tmp_path: Path) -> N
     path.write_bytes(b"other bytes")
     with pytest.raises(PassingError, match="was changed while the pipeline ran; run again"):
         proven(path, "0" * 64)
+
+
+def test_a_checkpoint_that_changes_before_its_stage_starts_is_not_another_network(
+    tmp_path: Path,
+) -> None:
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(b"these weights")
+    given = {"baseline": {"checkpoint": str(own), "epochs": 0}}
+    experiment = Experiment.model_validate({**TINY, **given})
+    stage = Stage("baseline", "baseline", {"checkpoint": sha256(own)}, {}, 1)
+    assert checkpoint_of(experiment, stage) == str(own)
+    own.write_bytes(b"other weights")
+    with pytest.raises(PassingError, match=r"own\.safetensors was changed while the pipeline ran"):
+        checkpoint_of(experiment, stage)
+
+
+def test_threads_that_write_one_file_do_not_take_it_from_each_other(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: write_atomic(tmp_path / "memo", b"1"), range(400)))
+    assert [path.name for path in tmp_path.iterdir()] == ["memo"]
 
 
 def test_samples_that_change_while_a_stage_reads_them_do_not_pass_for_the_old_ones(

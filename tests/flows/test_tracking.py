@@ -43,6 +43,9 @@ def test_each_stage_has_one_finished_run_with_all_its_epochs(finished: Finished)
         ):
             history = client_of(project).get_metric_history(runs[label].info.run_id, metric)
             assert [m.step for m in history] == list(range(1, epochs + 1)), (label, metric)
+        last = project.manifests()[label]["metrics"]
+        assert last.items() <= runs[label].data.metrics.items()
+    assert runs["sparse"].data.metrics["readiness/free_ratio"] >= 0.6
 
 
 def test_artifacts_hold_what_is_needed_to_understand_a_run(finished: Finished) -> None:

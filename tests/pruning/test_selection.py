@@ -154,9 +154,10 @@ def test_what_a_floor_saves_is_taken_elsewhere() -> None:
     assert [int(mask.sum()) for mask in masks] == [3, 17]
 
 
-def test_the_error_names_the_largest_ratio_and_that_ratio_works() -> None:
+@pytest.mark.parametrize("selection", ["exact", "reference"])
+def test_the_error_names_the_largest_ratio_and_that_ratio_works(selection: str) -> None:
     gammas = [torch.rand(8), torch.rand(16)]
-    settings = PruneSettings(min_channels=4)
+    settings = PruneSettings.model_validate({"min_channels": 4, "selection": selection})
     with pytest.raises(SettingsError, match=r"largest ratio is 0\.7083"):
         keep_masks(gammas, 0.75, settings)
     assert kept(keep_masks(gammas, 0.7083, settings)) >= 8

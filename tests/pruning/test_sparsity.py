@@ -8,7 +8,7 @@ from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import Run, fit, start
 from pruning.cost import latency_ms, parameters
-from pruning.gammas import absolute_gammas, gamma_statistics, norms_of, share_zero
+from pruning.gammas import absolute_gammas, gamma_statistics, norms_of
 from pruning.settings import SparseSettings
 from pruning.sparsity import FLOOR, Polarization, Proximal, Subgradient, floor_of, penalty_of
 from tests.conftest import TIMM, random_recogniser
@@ -101,8 +101,9 @@ def test_auto_reaches_its_target_in_exact_zeros_and_leaves_every_layer_its_floor
     gammas = absolute_gammas(model)
     floors = [max(1, math.ceil(FLOOR * len(g))) for g in gammas]
     reachable = 1 - sum(floors) / sum(len(g) for g in gammas)
-    assert share_zero(model) >= 0.99 * min(target, reachable)
-    assert share_zero(model) <= target
+    share = gamma_statistics(model)["gamma/share_zero"]
+    assert share >= 0.99 * min(target, reachable)
+    assert share <= target
     for gamma, floor in zip(gammas, floors, strict=True):
         assert (gamma > 0).sum() >= floor
     dead = torch.cat(gammas) == 0
@@ -117,7 +118,7 @@ def test_auto_reaches_its_target_in_every_network(lines: Lines, backbone: str) -
     model = Recogniser(ModelSettings(backbone=backbone, hidden=4), lines.charset.classes)
     settings = SparseSettings(epochs=2, batch_size=10, target_ratio=0.87)
     fit(start(model, settings, 0), lines, settings, penalty_of(settings))
-    assert 0.99 * 0.87 <= share_zero(model) <= 0.87
+    assert 0.99 * 0.87 <= gamma_statistics(model)["gamma/share_zero"] <= 0.87
     for gamma in absolute_gammas(model):
         assert (gamma > 0).sum() >= floor_of(len(gamma))
 
