@@ -18,7 +18,7 @@ from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from crnn.errors import CheckpointError, PassingError, SettingsError, StoppedError, UserError
-from crnn.settings import ExportSettings, QuantizeSettings
+from crnn.settings import ExportSettings, QuantizeSettings, Settings
 from flows import cache, children, definitions, display, project, report, servers, store, tasks
 from flows.cache import READINESS, Manifest
 from flows.champion import crown
@@ -300,29 +300,33 @@ def _fell_short(settings: QuantizeSettings, rounded: list[Networks]) -> set[str]
 
 
 def _exported(settings: ExportSettings, context: Context, networks: list[Variant]) -> Networks:
-    begun = [tasks.export.submit(context, settings, network) for network in networks]
-    results = zip(networks, begun, strict=True)
-    return context, [
-        replace(network, exported=_result(context, future)) for network, future in results
-    ]
+    made = _of_each(networks, tasks.export, context, settings)
+    return context, [replace(network, exported=file) for network, file in made]
 
 
 def _rounded(settings: QuantizeSettings, context: Context, networks: list[Variant]) -> Networks:
-    begun = [tasks.int8.submit(context, settings, network) for network in networks]
+    made = _of_each(networks, tasks.int8, context, settings)
     return context, [
-        replace(network, point=f"{network.point}{INT8}", exported=_result(context, future))
-        for network, future in zip(networks, begun, strict=True)
+        replace(network, point=f"{network.point}{INT8}", exported=file) for network, file in made
     ]
 
 
 def _trained_for_8_bits(
     settings: QuantizeSettings, context: Context, networks: list[Variant]
 ) -> Networks:
-    begun = [tasks.qat.submit(context, settings, network) for network in networks]
+    made = _of_each(networks, tasks.qat, context, settings)
     return context, [
-        Variant(f"{network.point}{QAT}", {**network.stages, "qat": _result(context, future)})
-        for network, future in zip(networks, begun, strict=True)
+        Variant(f"{network.point}{QAT}", {**network.stages, "qat": trained})
+        for network, trained in made
     ]
+
+
+def _of_each(
+    networks: list[Variant], task: Any, context: Context, settings: Settings
+) -> list[tuple[Variant, Manifest]]:
+    """Each network with what a stage makes of it, all of them side by side."""
+    begun = [task.submit(context, settings, network) for network in networks]
+    return [(n, _result(context, future)) for n, future in zip(networks, begun, strict=True)]
 
 
 def _measured(context: Context, networks: list[Variant]) -> list[Row]:

@@ -121,7 +121,7 @@ def _cut_figures(variant: Variant, control: str | None) -> dict[str, float]:
         return {}
     if pruned is None:
         return {"prune/ratio_requested": 0.0, "prune/ratio_achieved": 0.0}
-    figures = {n: v for n, v in pruned.metrics.items() if n.startswith("prune/")}
+    figures = _named(pruned, "prune/")
     if control or variant.is_int8:
         names = ("prune/ratio_requested", "prune/ratio_achieved", "prune/channels_kept")
         return {name: figures[name] for name in names}
