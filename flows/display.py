@@ -88,6 +88,8 @@ def show(label: str, event: dict[str, Any]) -> None:
             f"  gamma near zero {100 * event['gamma/share_near_zero']:.0f}%"
             f"  {event['train/lines_per_second']:.0f} lines/s"
         )
+    elif event["event"] == "notice":
+        say(f"{label}: {event['message']}")
     elif event["event"] == "group":
         say(f"{label}: on {event['processes']} processes")
     elif event["event"] == "begin" and event["epoch"]:

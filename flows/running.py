@@ -261,6 +261,7 @@ def _job(experiment: Experiment, stage: Stage, cpus: int, folder: Path) -> dict[
         "data": experiment.data.model_dump(mode="json"),
         "seed": experiment.seed,
         "ratios": experiment.ratios,
+        "sparse": experiment.sparse.model_dump(mode="json"),
         "prune": experiment.prune.model_dump(mode="json"),
         "to_cut": _to_cut(experiment, stage),
         "checkpoint": definitions.checkpoint_of(experiment, stage),

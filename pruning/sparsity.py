@@ -1,6 +1,7 @@
 """Penalties that push BatchNorm scales towards zero while the network trains."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from crnn.networks.recogniser import INITIAL_GAMMA
 from crnn.training import Penalty, Run
 from pruning.coupling import Group, groups_of
 from pruning.gammas import absolute_gammas, norms_of
+from pruning.selection import ratio_of
 from pruning.settings import SparseSettings
 
 FLOOR = 0.06
@@ -18,6 +20,11 @@ FLOOR = 0.06
 def floor_of(channels: int) -> int:
     """How many of a layer's channels `auto` leaves alone."""
     return max(1, math.ceil(FLOOR * channels))
+
+
+def largest_target(sizes: Sequence[int]) -> float:
+    """Highest target_ratio that `auto` reaches where groups have so many channels."""
+    return ratio_of(sum(sizes) - sum(floor_of(size) for size in sizes), sum(sizes))
 
 
 class Subgradient(Penalty):

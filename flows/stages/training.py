@@ -23,8 +23,9 @@ from flows.stages.work import Outcome, Work, proven
 from pruning.cost import COSTS, out_of_reach
 from pruning.gammas import absolute_gammas, gamma_statistics, widths
 from pruning.selection import keep_masks, largest_ratio
-from pruning.settings import FinetuneSettings, PruneSettings
+from pruning.settings import FinetuneSettings, PruneSettings, SparseSettings
 from pruning.slimming import slim
+from pruning.sparsity import FLOOR, largest_target
 from pruning.surgery import refuse_uncuttable
 
 
@@ -96,11 +97,21 @@ def _first_difference(given: str, wanted: str) -> str:
 def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
     """Before hours of training: try the deepest cut, and the targets, on the network as it is.
 
+    What `auto` will not reach is said.
+
     Raises:
         SettingsError: A cut, ratio or rank that cannot be, or a target out of reach.
     """
     settings = PruneSettings.model_validate(work.job["prune"])
     gammas = absolute_gammas(model)
+    sparse = SparseSettings.model_validate(work.job["sparse"])
+    reached = largest_target([len(gamma) for gamma in gammas])
+    if sparse.method == "auto" and sparse.target_ratio > reached:
+        message = (
+            f"sparse.target_ratio {sparse.target_ratio:g} will not be reached, {reached:g} at most:"
+            f" {FLOOR:.0%} of each layer's channels stay, and one at least"
+        )
+        work.emit({"event": "notice", "message": message})
     refuse_uncuttable(model)
     slim(model, keep_masks(gammas, max(work.job["ratios"], default=0), settings), settings)
     if wishes := settings.targets.wishes():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,17 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_trained(
     kind = wish.partition(":")[0]
     assert f"prune.targets.{kind} " in only_line(result)
     assert "is out of reach; the nearest is" in only_line(result)
+    assert set(project.manifests()) == {"data"}
+
+
+def test_a_sparsity_that_will_not_be_reached_is_said_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    project = new_project(tmp_path, prune={"targets": {"params": 10}})
+    run = partial(project.run, "frontier", str(project.params), code=2)
+    said = run("--set", "sparse.target_ratio=0.95").stderr
+    assert "baseline: sparse.target_ratio 0.95 will not be reached, 0.9217 at most" in said
+    assert "will not be reached" not in run("--set", "sparse.target_ratio=0.9").stderr
     assert set(project.manifests()) == {"data"}
 
 
