@@ -185,10 +185,11 @@ class Tracker:
         with single_flight(_record(stage.key)), suppress(FileNotFoundError):
             self._log_epochs(self._runs[stage.key], folder)
 
-    def _log_epochs(self, run_id: str, folder: Path) -> None:
+    def _log_epochs(self, run_id: str, folder: Path) -> int:
+        """Record the epochs that are not yet; the number of all."""
         records = history(folder)
         if not records:
-            return
+            return 0
         logged = {m.step for m in self._client.get_metric_history(run_id, "train/loss")}
         for record in records:
             step = record.pop("epoch")
@@ -199,6 +200,7 @@ class Tracker:
             image = _gamma_image(gammas, f"epoch {step}")
             self._client.log_image(run_id, image, key="gammas", step=step)
             self._client.log_batch(run_id, metrics=_metrics(record, step))
+        return len(records)
 
     def finish(self, manifest: Manifest) -> None:
         """Complete the run of a finished stage, whatever of it is missing."""
@@ -226,12 +228,11 @@ class Tracker:
         self._finished.add(manifest.key)
 
     def _complete(self, run_id: str, manifest: Manifest) -> None:
-        self._log_epochs(run_id, manifest.folder)
+        last = self._log_epochs(run_id, manifest.folder)
         logged = self._client.get_run(run_id).data.metrics
         # A training's figures are those of its last epoch, and what came of it after that.
         more = {n: value for n, value in manifest.metrics.items() if logged.get(n) != value}
         if more:
-            last = len(history(manifest.folder))
             self._client.log_batch(run_id, metrics=_metrics(more, last))
         for name in [*manifest.files, MANIFEST]:
             # Snapshots are large, and of use to the cache alone.

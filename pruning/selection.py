@@ -56,8 +56,10 @@ def keep_masks(
             f" floors (prune.min_channels, prune.min_ratio, prune.round_to) allow {free}; the"
             f" largest ratio is {ratio_of(free, sum(sizes))}"
         )
-    select = _exact if settings.selection == "exact" else _reference
-    widths = select(magnitudes, prune_ratio, settings)
+    if settings.selection == "exact":
+        widths = _exact(magnitudes, wanted, settings)
+    else:
+        widths = _reference(magnitudes, prune_ratio, settings)
     return [_largest(m, width) for m, width in zip(magnitudes, widths, strict=True)]
 
 
@@ -72,10 +74,9 @@ def ratio_of(count: int, channels: int) -> float:
     return (-(-(count + 1) * 10_000 // channels) - 1) / 10_000
 
 
-def _exact(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> list[int]:
-    """Widths of the layers once the blocks that matter least are gone."""
+def _exact(magnitudes: list[Tensor], left: int, settings: PruneSettings) -> list[int]:
+    """Widths of the layers once `left` channels, in the blocks that matter least, are gone."""
     widths = [len(m) for m in magnitudes]
-    left = int(sum(widths) * Decimal(str(ratio)))
     ranked = [m.sort(descending=True).values[_floor(len(m), settings) :] for m in magnitudes]
     dead = sum(int((m <= 0).sum()) for m in ranked)
     spare_live = settings.round_to > 1 and left <= dead

@@ -11,6 +11,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
+from io import BufferedReader
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,10 +77,17 @@ class LabelFile:
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 
+    def _from_its_start(self) -> BufferedReader:
+        """The file that the samples are read from, also when another has taken its path since."""
+        file = os.fdopen(self._file, "rb", closefd=False)
+        file.seek(0)
+        return file
+
     @cached_property
     def _starts(self) -> np.ndarray:
         """Byte offset of each non-empty line."""
-        data = np.fromfile(self.path, dtype=np.uint8)
+        with self._from_its_start() as file:
+            data = np.fromfile(file, dtype=np.uint8)
         ends = np.flatnonzero(data == ord("\n"))
         starts = np.concatenate([[3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0], ends + 1])
         starts = starts[starts < len(data)]
@@ -138,7 +146,7 @@ class LabelFile:
         return _stamp(chain([self.path], (path for _, path in self._files())))
 
     def digest(self) -> str:
-        with self.path.open("rb") as file:
+        with self._from_its_start() as file:
             total = hashlib.file_digest(file, "sha256")
         for name, path in self._files():
             total.update(name.encode())
