@@ -26,7 +26,13 @@ from crnn.training import Run
 from flows.cache import MODEL, READINESS, SNAPSHOTS, history
 from flows.report import readiness_picture
 from flows.rows import ACCURACY
-from flows.stages.training import initial_model, refuse_impossible_cuts, teacher_of, train
+from flows.stages.training import (
+    initial_model,
+    refuse_impossible_cuts,
+    teacher_of,
+    train,
+    warn_beyond_auto,
+)
 from flows.stages.work import Outcome, Work, proven
 from pruning.gammas import absolute_gammas, widths
 from pruning.readiness import Readiness, live_removed, readiness
@@ -49,6 +55,7 @@ def sparse(work: Work) -> Outcome:
     given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
     model = copy.deepcopy(given) if given else initial_model(work, work.settings["model"])
     if rank() == 0:
+        warn_beyond_auto(work, model)
         refuse_impossible_cuts(work, model)
     look = _snapshots(work) if settings.method == "auto" and rank() == 0 else None
     teacher = teacher_of(work, settings.distill)

@@ -36,7 +36,9 @@ def baseline(work: Work) -> Outcome:
     model = initial_model(work, given or work.settings["model"])
     if rank() == 0:  # The others may be on a busier machine, without the checkpoint.
         to_cut = work.job["to_cut"]
-        refuse_impossible_cuts(work, initial_model(work, to_cut) if to_cut else model)
+        cut = initial_model(work, to_cut) if to_cut else model
+        warn_beyond_auto(work, cut)
+        refuse_impossible_cuts(work, cut)
     work.write_summary(model)
     settings = BaselineSettings.model_validate({**work.settings["train"], "checkpoint": given})
     teacher = teacher_of(work, settings.distill or 0)
@@ -94,24 +96,26 @@ def _first_difference(given: str, wanted: str) -> str:
     return f"its character {place + 1} is {given[place]!r}, that of the data {wanted[place]!r}"
 
 
-def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
-    """Before hours of training: try the deepest cut, and the targets, on the network as it is.
-
-    What `auto` will not reach is said.
-
-    Raises:
-        SettingsError: A cut, ratio or rank that cannot be, or a target out of reach.
-    """
-    settings = PruneSettings.model_validate(work.job["prune"])
-    gammas = absolute_gammas(model)
+def warn_beyond_auto(work: Work, model: Recogniser) -> None:
+    """Before hours of training: say that `auto` will stay below sparse.target_ratio, if it will."""
     sparse = SparseSettings.model_validate(work.job["sparse"])
-    reached = largest_target([len(gamma) for gamma in gammas])
+    reached = largest_target(list(widths(model).values()))
     if sparse.method == "auto" and sparse.target_ratio > reached:
         message = (
             f"sparse.target_ratio {sparse.target_ratio:g} will not be reached, {reached:g} at most:"
             f" {FLOOR:.0%} of each layer's channels stay, and one at least"
         )
         work.emit({"event": "notice", "message": message})
+
+
+def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
+    """Before hours of training: try the deepest cut, and the targets, on the network as it is.
+
+    Raises:
+        SettingsError: A cut, ratio or rank that cannot be, or a target out of reach.
+    """
+    settings = PruneSettings.model_validate(work.job["prune"])
+    gammas = absolute_gammas(model)
     refuse_uncuttable(model)
     slim(model, keep_masks(gammas, max(work.job["ratios"], default=0), settings), settings)
     if wishes := settings.targets.wishes():

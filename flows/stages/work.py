@@ -145,10 +145,7 @@ def proven(path: Path, digest: str) -> Path:
         PassingError: The file is missing or has other bytes.
     """
     if not path.is_file() or sha256(path) != digest:
-        raise PassingError(
-            f"{path} was changed while the pipeline ran; run again: it is set aside and computed"
-            " again"
-        )
+        raise PassingError(f"{path} was changed or removed while the pipeline ran; run again")
     return path
 
 

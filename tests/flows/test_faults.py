@@ -28,7 +28,7 @@ Finished = tuple[Project, dict[str, Any]]
 def test_a_file_that_changed_since_it_was_found_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_bytes(b"other bytes")
-    with pytest.raises(PassingError, match="was changed while the pipeline ran; run again"):
+    with pytest.raises(PassingError, match="was changed or removed while the pipeline"):
         proven(path, "0" * 64)
 
 
@@ -42,7 +42,7 @@ def test_a_checkpoint_that_changes_before_its_stage_starts_is_not_another_networ
     stage = Stage("baseline", "baseline", {"checkpoint": sha256(own)}, {}, 1)
     assert checkpoint_of(experiment, stage) == str(own)
     own.write_bytes(b"other weights")
-    with pytest.raises(PassingError, match=r"own\.safetensors was changed while the pipeline ran"):
+    with pytest.raises(PassingError, match=r"own\.safetensors was changed or removed"):
         checkpoint_of(experiment, stage)
 
 
