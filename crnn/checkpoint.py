@@ -31,6 +31,9 @@ from crnn.training import Run, start
 FORMAT = "crnn-slim/1"
 METADATA = "crnn-slim"
 
+DEPTHWISE = "is_depthwise"
+"""Attribute of a convolution of a checkpoint: whether it is one in the uncut network."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -195,6 +198,7 @@ def _within(shape: torch.Size, largest: torch.Size) -> bool:
 def _resize_layer(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     if isinstance(module, nn.Conv2d):
         depthwise = module.groups == module.out_channels > 1
+        setattr(module, DEPTHWISE, depthwise)  # Of one channel its groups no longer tell.
         module.out_channels, inputs = tensors["weight"].shape[:2]
         module.groups = module.out_channels if depthwise else module.groups
         module.in_channels = inputs * module.groups

@@ -21,7 +21,7 @@ from torch.export import Dim
 
 from crnn.checkpoint import Checkpoint
 from crnn.data.batches import normalise
-from crnn.data.images import HEIGHT
+from crnn.data.images import BUCKET, HEIGHT
 from crnn.files import write_atomic
 from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import Recogniser
@@ -35,6 +35,9 @@ TILE = 32
 
 NEVER = -1e4
 """Logit of a class whose probability is 0."""
+
+NARROWEST = 32
+"""Pixels of the narrowest batch that torch.export's file reads."""
 
 PROGRAM_FORMAT = "crnn-slim-pt2/1"
 
@@ -163,8 +166,8 @@ def export_program(
         provenance: Goes into the metadata as it is.
     """
     shipped = Shipped(copy.deepcopy(checkpoint.model), settings).eval()
-    lines, sixteens = Dim("N", min=1, max=4096), Dim("W16", min=2, max=1024)
-    shape = {0: lines, (2 if settings.normalise else 3): 16 * sixteens}
+    lines, sixteens = Dim("N", min=1, max=4096), Dim("W16", min=NARROWEST // BUCKET, max=1024)
+    shape = {0: lines, (2 if settings.normalise else 3): BUCKET * sixteens}
     made_by = {"format": PROGRAM_FORMAT, "exporter": f"torch.export {torch.__version__}"}
     content = _metadata(checkpoint, provenance, made_by)
     buffer = io.BytesIO()

@@ -5,9 +5,16 @@ Every field here changes the result, so each is part of a stage's cache key. Wha
 """
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 PLAIN_ALPHABET = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 """Digits and capitals without I and O, which many fonts draw like 1 and 0."""
@@ -22,6 +29,16 @@ class Settings(BaseModel):
     """Base of all settings: immutable, and a mistyped key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_1(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        kinds = (kind, *get_args(kind))
+        if isinstance(value, bool) and bool not in kinds:
+            off = value is False and type(None) in kinds
+            raise ValueError("null switches it off" if off else "takes no true or false")
+        return value
 
 
 class TextSettings(Settings):

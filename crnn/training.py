@@ -206,7 +206,7 @@ def _epoch(
 def train_step(
     run: Run, batch: Batch, progress: float, settings: TrainSettings, penalty: Penalty
 ) -> float:
-    """Take one optimizer step and return the loss; a loss that is not finite takes none.
+    """Take one optimizer step and return the loss; where it or its gradient is not finite, none.
 
     Args:
         run: Changed in place; its network should be in its layout and in training mode.
@@ -214,6 +214,9 @@ def train_step(
         progress: Share of all steps done, in [0, 1).
         settings: Schedule, precision.
         penalty: Sparsity.
+
+    Returns:
+        The loss; or what is not finite, that or the norm of its gradient.
     """
     device = run.model.device
     images = normalise(batch.images.to(device)).contiguous(memory_format=layout_of(run.model))
@@ -230,7 +233,9 @@ def train_step(
         group["lr"] = rate
     run.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
+    norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_norm))
+    if not math.isfinite(norm):
+        return norm
     penalty.before_step(run, rate, progress)
     run.optimizer.step()
     penalty.after_step(run, rate, progress)
@@ -271,6 +276,6 @@ def estimate_statistics(model: Recogniser, images: Iterable[Tensor]) -> None:
 def _non_finite(value: float, epoch: int, step: int, batch: Batch) -> NonFiniteLossError:
     names = chain.from_iterable(in_turn([batch.names]))
     return NonFiniteLossError(
-        f"the loss became {value} in epoch {epoch + 1}, step {step + 1}; lower the learning rate,"
-        f" or look at the samples of that batch: {', '.join(names)}"
+        f"the loss or its gradient became {value} in epoch {epoch + 1}, step {step + 1}; lower the"
+        f" learning rate, or look at the samples of that batch: {', '.join(names)}"
     )

@@ -312,8 +312,9 @@ def gc(
         print(f"{item.size / 1e6:9.2f} MB  {_short(item.path)}: {item.reason}")
     total = sum(item.size for item in found) / 1e6
     if yes:
-        remove(found)
-        print(f"{len(found)} folders, {total:.2f} MB, removed")
+        gone = remove(found, older_than)
+        total = sum(item.size for item in gone) / 1e6
+        print(f"{len(gone)} folders, {total:.2f} MB, removed")
     else:
         print(f"{len(found)} folders, {total:.2f} MB; nothing was removed, --yes removes them")
 
@@ -493,8 +494,11 @@ def _explain(error: BaseException) -> None:
 
 
 def _is_of_prefect_s_client(error: BaseException) -> bool:
-    """Whether a request to Prefect's server failed."""
-    return any(kind.__module__.startswith("httpx") for kind in type(error).__mro__)
+    """Whether a request to Prefect's server failed, which Prefect may wrap in another error."""
+    cause: BaseException | None = error
+    while cause and not any(kind.__module__.startswith("httpx") for kind in type(cause).__mro__):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def _why_prefect_fails(error: BaseException) -> str:

@@ -51,9 +51,9 @@ VERSIONS = {
     "scratch": 5,
     "small": 4,
     "export": 3,
-    "int8": 7,
+    "int8": 8,
     "qat": 5,
-    "judge": 2,
+    "judge": 3,
     "measure": 4,
     "latency": 2,
 }

@@ -239,7 +239,7 @@ def load_experiment(
         SettingsError: No such file, not YAML, a key that does not exist, a value out of range.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainYaml)
     except OSError as error:
         raise SettingsError(f"cannot read params file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -270,11 +270,17 @@ def _keep_controls_of(tree: dict[str, Any], ratios: Sequence[float]) -> None:
         tree["controls"] = {**controls, "ratios": kept}
 
 
+PLAIN = {
+    "tag:yaml.org,2002:bool": re.compile("(?:true|True|TRUE|false|False|FALSE)$"),
+    "tag:yaml.org,2002:int": re.compile("[-+]?(?:0|[1-9][0-9_]*)$"),
+}
+"""What YAML 1.2 takes for these, where YAML 1.1, which PyYAML reads, takes more."""
+
 UNION_MEMBERS = ("str", "constrained-int", "literal['auto']", "int")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML, where a key given twice is an error instead of a silent choice."""
+class _PlainYaml(yaml.SafeLoader):
+    """YAML without surprises: no key twice, no alias, no `yes` for true and no `010` for 8."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -294,6 +300,14 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+_PlainYaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in PLAIN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in PLAIN.items():
+    _PlainYaml.add_implicit_resolver(_tag, _pattern, list("tTfF-+0123456789"))
+
+
 def _set(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals:
@@ -304,9 +318,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise SettingsError(f"--set {override}: {section!r} is a value, not a section")
     try:
-        tree[key] = yaml.safe_load(text)
+        tree[key] = yaml.load(text, Loader=_PlainYaml)
     except yaml.YAMLError as error:
-        raise SettingsError(f"--set {override}: the value is not YAML") from error
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"--set {override}: the value is not YAML: {reason}") from error
 
 
 def _explain(errors: Sequence[ErrorDetails]) -> str:

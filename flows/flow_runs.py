@@ -16,7 +16,7 @@ from prefect.states import Crashed
 
 from flows import project
 from flows.forecast import Forecast
-from flows.locks import is_free, single_flight
+from flows.locks import FLOW, is_free, single_flight
 
 WATCH_SECONDS = 2
 """How often Prefect is asked whether the run was cancelled there."""
@@ -72,7 +72,7 @@ def watched(stop: threading.Event, show: Callable[[], None] = lambda: None) -> I
 
 
 def _lock_of(run_id: UUID) -> str:
-    return f"flow-{run_id}"
+    return f"{FLOW}{run_id}"
 
 
 def _mark_dead_runs(client: SyncPrefectClient) -> None:

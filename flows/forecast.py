@@ -10,7 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
@@ -49,9 +49,10 @@ class UnderWay:
         return (time.monotonic() - self.begun) / done if done >= LEAST else None
 
 
-@dataclass
 class Forecast:
     """Of one run of a sweep; told by its stages, whose threads run side by side.
+
+    No dataclass: Prefect walks through those that tasks are given, while others change them.
 
     Attributes:
         planned: How many stages of each kind there are.
@@ -62,12 +63,13 @@ class Forecast:
         added: Stages that were decided on the way, by kind.
     """
 
-    planned: Mapping[str, int]
-    abreast: int
-    before: Mapping[str, Sequence[float]]
-    finished: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    under_way: dict[str, UnderWay] = field(default_factory=dict)
-    added: Counter[str] = field(default_factory=Counter)
+    def __init__(
+        self, planned: Mapping[str, int], abreast: int, before: Mapping[str, Sequence[float]]
+    ) -> None:
+        self.planned, self.abreast, self.before = planned, abreast, before
+        self.finished: dict[str, list[float]] = defaultdict(list)
+        self.under_way: dict[str, UnderWay] = {}
+        self.added: Counter[str] = Counter()
 
     def step(self, stage: Stage, event: Mapping[str, Any]) -> None:
         """Note a progress event of a stage."""

@@ -1,6 +1,7 @@
 """What the state folder holds that nobody refers to any more."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,9 +12,14 @@ from typing import Any
 from crnn.errors import UserError
 from flows import cache, project
 from flows.listing import ROWS
-from flows.locks import is_free
+from flows.locks import FLOW, held_since, is_free, unless_held
 
 DAY = 86_400
+
+GONE = ".removed"
+
+OURS = re.compile(r"\.?[a-z0-9_]+-[0-9a-f]{20}|fetched-\d+-\d+|joined$")
+"""Beginnings of the names of our folders: a state folder may be anybody's, put there by mistake."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ def garbage(days: float, deleted_sweeps: set[str], registered: set[str]) -> list
 
     A sweep refers to the stages of its points and to all that is upstream of them; it is gone
     once its MLflow run has been deleted. What an unfinished stage starts from is kept with it,
-    and always while it is computed.
+    and always while it is computed, as is what has been used since the oldest running pipeline
+    began: no sweep refers to it yet.
 
     Args:
         days: How long a folder must have been left alone.
@@ -50,7 +57,8 @@ def garbage(days: float, deleted_sweeps: set[str], registered: set[str]) -> list
     gone = {key: path for key, path in reports.items() if key in deleted_sweeps}
     wanted = set().union(*(_stages_of(p) for k, p in reports.items() if k not in gone))
     work = _folders(project.work_folder())
-    unfinished = [path for path in work if _is_recent(path, days) or not is_free(path.name)]
+    since = _oldest_use(days)
+    unfinished = [path for path in work if _used(path) > since or not is_free(path.name)]
     kept = _with_upstream(wanted.union(registered, *map(_inputs_of_work, unfinished)))
     found = [
         *((path, "its sweep was deleted in MLflow") for path in gone.values()),
@@ -61,21 +69,41 @@ def garbage(days: float, deleted_sweeps: set[str], registered: set[str]) -> list
     return [
         Garbage(path, _size(path), reason)
         for path, reason in found
-        if path.name not in kept and not _is_recent(path, days) and is_free(path.name)
+        if path.name not in kept and _used(path) <= since and is_free(path.name)
     ]
 
 
-def remove(items: list[Garbage]) -> None:
-    """Delete the folders; OSError where one cannot be, those before it are gone."""
-    for item in items:
+def remove(items: list[Garbage], days: float) -> list[Garbage]:
+    """Delete the folders that are still unused.
+
+    Args:
+        items: What was found to be garbage.
+        days: How long a folder must have been left alone.
+
+    Returns:
+        Those that are gone.
+
+    Raises:
+        OSError: One cannot be deleted; those before it are gone.
+    """
+    return [item for item in items if _removed(item.path, days)]
+
+
+def _removed(folder: Path, days: float) -> bool:
+    with unless_held(folder.name) as free:
+        # A pipeline may have begun to use it while those before it went.
+        if not free or not folder.is_dir() or _used(folder) > _oldest_use(days):
+            return False
         # Renamed first: a removal that is killed leaves no half of a stage behind.
-        doomed = item.path.with_name(f".{item.path.name}.removed")
-        item.path.rename(doomed)
-        shutil.rmtree(doomed)
+        doomed = folder.with_name(f".{folder.name.removeprefix('.').removesuffix(GONE)}{GONE}")
+        folder.rename(doomed)
+    shutil.rmtree(doomed)
+    return True
 
 
 def _folders(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.glob("*") if path.is_dir())
+    folders = (path for path in parent.glob("*") if path.is_dir() and not path.is_symlink())
+    return sorted(path for path in folders if OURS.match(path.name))
 
 
 def _stages_of(report: Path) -> set[str]:
@@ -123,6 +151,11 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in _files(folder))
 
 
-def _is_recent(folder: Path, days: float) -> bool:
-    newest = max(path.stat().st_mtime for path in [folder, *_files(folder)])
-    return time.time() - newest < days * DAY
+def _used(folder: Path) -> float:
+    """When it was last written to or taken from the cache, seconds."""
+    return max(path.stat().st_mtime for path in [folder, *_files(folder)])
+
+
+def _oldest_use(days: float) -> float:
+    """What was used later than this stays, seconds."""
+    return min([time.time() - days * DAY, *held_since(f"{FLOW}*")])

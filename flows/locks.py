@@ -17,6 +17,9 @@ from flows import project
 
 POLL_SECONDS = 0.25
 
+FLOW = "flow-"
+"""Before the run's id in the name of the lock that a pipeline holds while it runs."""
+
 Stopping = Callable[[], bool]
 Log = Callable[[str], None]
 
@@ -75,11 +78,24 @@ class _Held:
 
 def is_free(key: str) -> bool:
     """Whether no process holds the key's lock at this instant."""
+    with unless_held(key) as free:
+        return free
+
+
+@contextmanager
+def unless_held(key: str) -> Iterator[bool]:
+    """Hold the key's lock where that can be had at once; yields whether it could."""
     descriptor = _open(key)
     try:
-        return _try_lock(descriptor)
+        yield _try_lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def held_since(pattern: str) -> list[float]:
+    """When the holders of the locks with such names took them, seconds."""
+    locks = project.locks_folder().glob(f"{pattern}.lock")
+    return [path.stat().st_mtime for path in locks if not is_free(path.stem)]
 
 
 @contextmanager

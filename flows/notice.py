@@ -17,7 +17,7 @@ SECONDS = 30
 def notify(settings: NotifySettings, event: dict[str, Any], log: Callable[[str], None]) -> None:
     """Hand an event to the command, on standard input, and to the webhook, as JSON.
 
-    What goes wrong is logged, and changes nothing else.
+    What goes wrong with one is logged, and changes nothing else.
 
     Args:
         settings: Whom to tell.
@@ -25,17 +25,18 @@ def notify(settings: NotifySettings, event: dict[str, Any], log: Callable[[str],
         log: Told what went wrong.
     """
     content = json.dumps(event).encode()
-    try:
-        if settings.command:
-            _run(settings.command, content)
-        if settings.webhook:
-            _post(settings.webhook, content)
-    except (OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
-        log(f"the notification of {event['event']!r} did not arrive: {error}")
+    for tell, whom in ((_run, settings.command), (_post, settings.webhook)):
+        try:
+            if whom:
+                tell(whom, content)
+        except (OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
+            log(f"the notification of {event['event']!r} did not arrive: {error}")
 
 
 def _run(command: str, content: bytes) -> None:
-    subprocess.run(shlex.split(command), input=content, timeout=SECONDS, check=True)
+    stderr = 2  # Our standard output is for results.
+    words = shlex.split(command)
+    subprocess.run(words, input=content, stdout=stderr, timeout=SECONDS, check=True)
 
 
 def _post(address: str, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """The Prefect flow: stages chained, and swept over prune ratios."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -91,28 +92,39 @@ def frontier(experiment: Experiment) -> Frontier | State[Any]:
     forecast = forecast_of(experiment, parallel_finetunes(experiment))
     stop = threading.Event()
     context = Context(experiment, tracker, [], forecast, stop, experiment.training_seeds[0])
-    _warn_beyond_target(experiment)
     try:
-        store.use(experiment.execution.store)
-        _require_servers_for_all(experiment.execution)
-        with runner(experiment.execution), attended(experiment.name, forecast, stop):
-            try:
-                return _persistently(context)
-            finally:
-                # First of all: the task runner waits for its threads, they for their processes.
-                stop.set()
+        with attended(experiment.name, forecast, stop):
+            return _run(context)
     except KeyboardInterrupt:
         return Cancelled(name=INTERRUPTED, message=children.KEPT)
     except TerminationSignal:
         return Cancelled(name=TERMINATED, message=children.KEPT)
     except (CancelledRun, StoppedError):
         return Cancelled(message=children.KEPT)
+    finally:
+        display.end(display.SWEEP)
+
+
+def _run(context: Context) -> Frontier:
+    """Sweep by the runner that the experiment names, and tell of a failure whom it names."""
+    experiment = context.experiment
+    _warn_beyond_target(experiment)
+    try:
+        definitions.open_sources(experiment)  # Of a scheduled run nobody has looked at them yet.
+        store.use(experiment.execution.store)
+        _require_servers_for_all(experiment.execution)
+        with runner(experiment.execution):
+            try:
+                return _persistently(context)
+            finally:
+                # First of all: the task runner waits for its threads, they for their processes.
+                context.stop.set()
+    except (CancelledRun, StoppedError):
+        raise
     except Exception as error:
         event = {"event": "failed", "experiment": experiment.name, "reason": str(error)}
         notify(experiment.notify, event, display.say)
         raise
-    finally:
-        display.end(display.SWEEP)
 
 
 def _require_servers_for_all(execution: ExecutionSettings) -> None:
@@ -145,7 +157,7 @@ def _persistently(context: Context) -> Frontier:
     execution = context.experiment.execution
     for attempt in range(execution.retries):
         try:
-            return _sweep(context)
+            return _without_lease(context)
         except Exception as error:
             if isinstance(error, UserError | CancelledRun) and not isinstance(error, PassingError):
                 raise
@@ -153,7 +165,23 @@ def _persistently(context: Context) -> Frontier:
             display.say(f"{error}; tried again in {seconds:g} s, what is finished is kept")
             if context.stop.wait(seconds):
                 raise StoppedError(f"stopped; {children.KEPT}") from error
-    return _sweep(context)
+    return _without_lease(context)
+
+
+def _without_lease(context: Context) -> Frontier:
+    """Sweep, also where Prefect would end a run whose lease it could not renew in time.
+
+    The lease keeps runs of a deployment from overlapping, and a machine that slept or a server that
+    was away loses it. Runs that do overlap compute nothing twice, and hours of work are at stake.
+    """
+    try:
+        return _sweep(context)
+    except asyncio.CancelledError:
+        display.say(
+            "Prefect did not renew this run's place in time; it goes on, and another run of this"
+            " deployment may begin beside it"
+        )
+        return _sweep(context)
 
 
 def _sweep(context: Context) -> Frontier:

@@ -1,21 +1,30 @@
 """Where state lives, and what Prefect and MLflow are told before they are imported."""
 
 import os
-import platform
 import subprocess
 import time
 from functools import cache
 from pathlib import Path
+from uuid import uuid4
+
+from crnn.errors import SettingsError
+from crnn.files import write_atomic
 
 
 def home() -> Path:
     """The state folder: $CRNN_SLIM_HOME, or .pipeline in the current folder."""
-    return Path(os.environ.get("CRNN_SLIM_HOME", ".pipeline")).resolve()
+    return Path(os.environ.get("CRNN_SLIM_HOME") or ".pipeline").resolve()
 
 
 def identity() -> str:
-    """This machine and state folder: whose locks tell whether a recorded run is alive."""
-    return f"{platform.node()}:{home()}"
+    """Name of this state folder, whose locks tell whether a recorded run is alive.
+
+    It is drawn once: machines have the same host name, and containers another after each start.
+    """
+    path = home() / "identity"
+    if not path.exists():  # Of two that begin at once, the first is not known again if it dies.
+        write_atomic(path, uuid4().hex.encode())
+    return path.read_text(encoding="utf-8")
 
 
 def stages_folder() -> Path:
@@ -60,8 +69,16 @@ def configure_environment() -> None:
     """Point Prefect and MLflow at the state folder. What the user has set already wins.
 
     Both read the environment when they are imported, so this comes first.
+
+    Raises:
+        SettingsError: The state folder is where SQLite's addresses cannot say.
     """
     root = home()
+    if "?" in str(root):
+        raise SettingsError(
+            f"the path of the state folder, {root}, has a '?', which an address of SQLite cannot"
+            " have; set CRNN_SLIM_HOME to another"
+        )
     mlflow_store().parent.mkdir(parents=True, exist_ok=True)
     defaults = {
         "PREFECT_HOME": str(root / "prefect"),

@@ -128,9 +128,12 @@ def parallel_finetunes(experiment: Experiment) -> int:
     """
     if experiment.execution.nodes > 1:
         return 1
+    count = len(cores())
     if experiment.execution.parallel != "auto":
-        return min(experiment.execution.parallel, len(cores()))
-    return 1 if shutil.which("nvidia-smi") else min(4, len(cores()))
+        return min(experiment.execution.parallel, count)
+    if shutil.which("nvidia-smi"):
+        return 1
+    return count // math.ceil(count / 4)
 
 
 def cores() -> list[int]:
@@ -169,7 +172,8 @@ def find_or_compute(
             allowed = cores()
             sharing = stage.name in definitions.SHARING
             parallel = parallel_finetunes(context.experiment) if sharing else 1
-            count = math.ceil(len(allowed) / parallel)
+            # As many for each, as no bit of a result may hang on which came first.
+            count = len(allowed) // parallel
             if context.elsewhere:
                 for upstream in stage.inputs.values():
                     bring(upstream, log)
@@ -183,7 +187,7 @@ def find_or_compute(
 
 
 def bring(manifest: Manifest, log: Callable[[str], None]) -> None:
-    """Have the files of a stage here that a worker of a cluster has finished.
+    """Have the files of a stage here that a worker of a cluster has finished, proven.
 
     One thread fetches them, others that need them wait for it.
 
@@ -191,8 +195,8 @@ def bring(manifest: Manifest, log: Callable[[str], None]) -> None:
         StoreError: They are gone from the store.
     """
     with single_flight(manifest.key, log=log):
-        found = manifest.folder.is_dir() or cache.find(manifest.key, log)
-    if not found:
+        found = cache.find(manifest.key, log)
+    if found is None:
         raise store.StoreError(f"{manifest.key} is gone from the store; run again to compute it")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from crnn.errors import UserError
 from crnn.files import write_atomic
 from flows import project
-from flows.locks import is_free, single_flight
+from flows.locks import is_free, unless_held
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
@@ -71,20 +71,19 @@ def serving(mlflow_port: int, prefect_port: int) -> Iterator[Servers]:
     Raises:
         UserError: This folder has servers already, a port is taken, or a server does not start.
     """
-    from flows.tracking import create_store  # Importing MLflow takes seconds.
-
-    if not is_free(SERVERS):
-        raise UserError(
-            "this state folder has its servers already: `crnn-slim up` or `crnn-slim schedule` runs"
-            " in another terminal"
-        )
     servers = Servers(f"http://{HOST}:{mlflow_port}", f"http://{HOST}:{prefect_port}")
-    for name, port in (("MLflow", mlflow_port), ("Prefect", prefect_port)):
-        if not port_is_free(port):
-            raise UserError(f"port {port} is taken; choose another with --{name.lower()}-port")
-    create_store()
     with contextlib.ExitStack() as started:
-        started.enter_context(single_flight(SERVERS))
+        if not started.enter_context(unless_held(SERVERS)):
+            raise UserError(
+                "this state folder has its servers already: `crnn-slim up` or `crnn-slim schedule`"
+                " runs in another terminal"
+            )
+        for name, port in (("MLflow", mlflow_port), ("Prefect", prefect_port)):
+            if not port_is_free(port):
+                raise UserError(f"port {port} is taken; choose another with --{name.lower()}-port")
+        from flows.tracking import create_store  # Importing MLflow takes seconds.
+
+        create_store()
         logs = project.home() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         waits = [
@@ -107,12 +106,22 @@ def prefect() -> Iterator[str]:
     if named := os.environ.get("PREFECT_API_URL"):
         yield named.removesuffix("/api")
         return
-    if there := running():
+    if there := _started():
         yield there.prefect
         return
     ports = [port if port_is_free(port) else _free_port() for port in (MLFLOW_PORT, PREFECT_PORT)]
     with serving(*ports) as servers:
         yield servers.prefect
+
+
+def _started() -> Servers | None:
+    """The servers of this state folder, once they answer; None where nobody has started any."""
+    deadline = time.monotonic() + START_SECONDS
+    while not is_free(SERVERS) and time.monotonic() < deadline:
+        if there := running():
+            return there
+        time.sleep(0.5)
+    return None
 
 
 def mlflow_command(port: int) -> Command:

@@ -6,6 +6,7 @@ and what an outage kept from being recorded is recorded when MLflow is back, or 
 
 import logging
 import math
+import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,12 +36,20 @@ SQLITE = "sqlite:///"
 STORE = "mlflow-store"
 """Name of the lock on a fresh store."""
 
+STATE_FOLDER = "state_folder"
+"""Tag by which a state folder knows its runs."""
+
 NOTE = "mlflow.note.content"
 """Tag that MLflow shows as a run's description."""
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # It logs what it raises.
+
+
+def _origin() -> dict[str, str]:
+    """Tags of where a run is recorded from: for a person, and for this program."""
+    return {"home": f"{platform.node()}:{project.home()}", STATE_FOLDER: project.identity()}
 
 
 class Tracker:
@@ -88,7 +97,7 @@ class Tracker:
     def _mark_dead_runs(self) -> None:
         """Runs whose process was killed stay RUNNING for ever: its lock, free again, tells."""
         for run in self._search(
-            f"attributes.status = 'RUNNING' and tags.home = '{project.identity()}'"
+            f"attributes.status = 'RUNNING' and tags.{STATE_FOLDER} = '{project.identity()}'"
         ):
             key = run.data.tags.get("stage_key", run.data.tags.get("sweep_key"))
             if key and is_free(key) and is_free(_record(key)):
@@ -169,7 +178,7 @@ class Tracker:
         return run_id
 
     def _create(self, name: str, tags: dict[str, str], params: dict[str, Any]) -> str:
-        tags = {**tags, "git_commit": project.git_commit(), "home": project.identity()}
+        tags = {**tags, "git_commit": project.git_commit(), **_origin()}
         run = self._client.create_run(str(self.experiment_id), run_name=name, tags=tags)
         self._client.log_batch(run.info.run_id, params=_params(params))
         return str(run.info.run_id)
@@ -347,7 +356,7 @@ class Tracker:
             "kind": "point",
             "sweep_key": key,
             "mlflow.parentRunId": sweep_id,
-            "home": project.identity(),
+            **_origin(),
         }
         behind = {stage: self.run_of(made) or "" for stage, made in point["stages"].items()}
         tags |= {f"{stage}_key": made for stage, made in point["stages"].items()}

@@ -17,6 +17,7 @@ import networkx
 import torch
 from torch import Tensor, nn
 
+from crnn.checkpoint import DEPTHWISE
 from crnn.data.images import HEIGHT
 from crnn.networks.recogniser import Recogniser
 
@@ -122,8 +123,10 @@ def _dependent_entries(model: Recogniser) -> networkx.Graph:
         if not all((root, entry) in entries for entry in range(layer.out_channels)):
             for target, side, found in _dependents(graph, layer):
                 if target in names:
+                    # Cut to one channel, a depthwise convolution looks like any other.
+                    end = "out" if getattr(target, DEPTHWISE, False) else side
                     entries.add_edges_from(
-                        ((root, e.root_idx), ((names[target], side), e.idx)) for e in found
+                        ((root, e.root_idx), ((names[target], end), e.idx)) for e in found
                     )
     return entries
 

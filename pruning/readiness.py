@@ -106,7 +106,7 @@ def _accuracy_part(accuracy: float, baseline: float | None, free: float) -> list
     lost = baseline - accuracy
     verdict = (
         "there is slack"
-        if lost <= SLACK
+        if lost <= SLACK + 1e-9
         else f"there is no slack at {free:g}, and {100 * lost:.1f} points to regain in fine-tuning"
     )
     return [f"it reads {100 * accuracy:.1f}%, the baseline {100 * baseline:.1f}%: {verdict}"]

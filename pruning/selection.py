@@ -20,11 +20,11 @@ def keep_masks(
 
     Global threshold of Network Slimming (Liu et al. 2017, arXiv:1708.06519). Deviations: `exact`
     removes floor(N x ratio) channels, ties broken by layer and channel, where the `reference`
-    code removes one more and all ties; every layer keeps its largest channels up to a floor, and
-    under `exact` what a floor saves is taken elsewhere. Where widths are to be multiples of
-    round_to, `exact` ranks and removes so many channels of a layer at once, and up to round_to - 1
-    fewer in all; as long as no more has to go than is dead and may go, it takes no live one along,
-    and so even fewer.
+    code removes one more and all ties (among dead channels that `deaths` numbers there are none);
+    every layer keeps its largest channels up to a floor, and under `exact` what a floor saves is
+    taken elsewhere. Where widths are to be multiples of round_to, `exact` ranks and removes so many
+    channels of a layer at once, and up to round_to - 1 fewer in all; as long as no more has to go
+    than is dead and may go, it takes no live one along, and so even fewer.
 
     Args:
         gammas: One (C_i,) tensor for each group of channels, in forward order.

@@ -32,8 +32,9 @@ def augment(image: Image.Image, settings: AugmentSettings, rng: np.random.Genera
 def _affine(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Shear by up to 0.3, rotate by up to 2 degrees, scale by up to 10%, shift by up to 2 px.
 
-    A long line is enlarged less, so that 3 px at most leave it at either end: a character that
-    is cut off would still be in the label.
+    A long line is enlarged less, so that this takes 3 px at most off either end, as a character
+    that is cut off would still be in the label; shift and, towards the upper and lower edge, shear
+    can take some more.
     """
     width, height = image.size
     shear = rng.uniform(-0.3, 0.3)

@@ -135,6 +135,9 @@ class _View(Dataset[Batch | DataError]):
         lines = self.lines
         try:
             image = fit_line(lines.source.image(index), lines.max_width)
+            label = lines.source.label(index)
+            if unknown := lines.charset.unknown(label):
+                raise DataError(f"{unknown!r} in {label!r} is not in the charset")
         except DataError as error:
             name = lines.source.name(index)
             raise DataError(
@@ -142,7 +145,7 @@ class _View(Dataset[Batch | DataError]):
             ) from error
         if self.change is not None:
             image = augment(image, self.change, generator(*self.key, index))
-        return np.asarray(image), lines.source.label(index), index
+        return np.asarray(image), label, index
 
     def _collated(self, samples: list[Sample], share: Share) -> Batch:
         images, labels, indices = zip(*samples, strict=True)
@@ -263,6 +266,7 @@ def _by_width(
 
 def _loader(view: _View, shares: Sequence[Share] | _Epoch) -> Batches:
     workers = min(view.lines.workers, len(shares))
+    len(view.lines.source)  # What it has to look up for that, no worker has to look up again.
     loader = DataLoader(
         view,
         batch_size=None,  # An item is a batch already.

@@ -9,6 +9,7 @@ import json
 import os
 import weakref
 from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from io import BufferedReader
@@ -26,6 +27,9 @@ from crnn.data.render import VERSION, fonts_for, render_label, render_line
 from crnn.errors import DataError
 from crnn.files import sha256
 from crnn.settings import DataSettings, TextSettings
+
+BLOCK = 1 << 24
+"""Bytes of a label file that are looked through for lines at once."""
 
 LINE = 512
 """Bytes that are read of a label file at once: more than most lines have."""
@@ -86,13 +90,17 @@ class LabelFile:
     @cached_property
     def _starts(self) -> np.ndarray:
         """Byte offset of each non-empty line."""
+        found, before = [np.zeros(0, np.int64)], b"\n"
         with self._from_its_start() as file:
-            data = np.fromfile(file, dtype=np.uint8)
-        ends = np.flatnonzero(data == ord("\n"))
-        starts = np.concatenate([[3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0], ends + 1])
-        starts = starts[starts < len(data)]
-        lines: np.ndarray = starts[(data[starts] != ord("\n")) & (data[starts] != ord("\r"))]
-        return lines
+            if file.read(len(BOM_UTF8)) != BOM_UTF8:
+                file.seek(0)
+            offset = file.tell()
+            while block := file.read(BLOCK):
+                data = np.frombuffer(before + block, np.uint8)
+                begins = (data[:-1] == ord("\n")) & ~np.isin(data[1:], (ord("\n"), ord("\r")))
+                found.append(np.flatnonzero(begins) + offset)
+                offset, before = offset + len(block), block[-1:]
+        return np.concatenate(found)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: vars(self)[name] for name in ("path", "root", "allow_outside_root")}
@@ -101,6 +109,8 @@ class LabelFile:
         return len(self._starts)
 
     def _fields(self, index: int) -> tuple[str, str]:
+        if index >= len(self):
+            raise DataError(f"{self.path} has fewer lines than it had")
         start = int(self._starts[index])
         line = b""
         while b"\n" not in line and (more := os.pread(self._file, LINE, start + len(line))):

@@ -46,7 +46,7 @@ def int8(work: Work) -> Outcome:
         return opened(target)
 
     def drop(reader: Reader) -> float:
-        return 100 * (truth - _accuracy(reader, judged))
+        return points_lost(truth, _accuracy(reader, judged))
 
     def distance(reader: Reader) -> float:
         return _distance(exact, reader, judged[:2])
@@ -66,6 +66,11 @@ def int8(work: Work) -> Outcome:
         "quantize/layers_in_float": float(len(left)),
         "quantize/bytes": float(target.stat().st_size),
     }
+
+
+def points_lost(before: float, after: float) -> float:
+    """Points of word accuracy, so rounded that a budget is not missed by a float's last bit."""
+    return round(100 * (before - after), 9)
 
 
 def _within_budget(

@@ -37,6 +37,9 @@ Event = dict[str, Any]
 READING = "reading"
 """Entry of the data stage's index of the usable samples that tells how to read them."""
 
+ON_CPU = ("export", "int8", "judge", "measure", "latency")
+"""Stages that compute there, also where there is a GPU."""
+
 MAX_LOADERS = 8
 """Loader processes that one GPU can want; each keeps a few batches in shared memory."""
 
@@ -173,11 +176,12 @@ def _cores(job: dict[str, Any]) -> tuple[int, int]:
     """Threads of the computation, and loader processes, out of the job's cores.
 
     On a CPU a loader that competes with training costs more than it gives, so that few cores
-    have none. On a GPU the cores have nothing else to do.
+    have none. Where a GPU computes the cores have nothing else to do.
     """
     cpus, workers = job["cpus"], job["loader_workers"]
     if workers == "auto":
-        workers = min(cpus - 1, MAX_LOADERS) if torch.cuda.is_available() else cpus // 4
+        on_gpu = torch.cuda.is_available() and job["stage"] not in ON_CPU
+        workers = min(cpus - 1, MAX_LOADERS) if on_gpu else cpus // 4
     return max(1, cpus - workers), workers
 
 

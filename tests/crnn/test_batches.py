@@ -1,12 +1,16 @@
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from crnn.charset import Charset
 from crnn.data import batches as batches_module
 from crnn.data.batches import BUCKET, Lines, evaluation_batches, normalise, pad, training_batches
+from crnn.data.sources import LabelFile
+from crnn.errors import DataError
 from crnn.settings import AugmentSettings, TrainSettings
 from tests.conftest import CORES, on_cores
 
@@ -89,6 +93,26 @@ def test_targets_are_the_labels_one_after_another(lines: Lines) -> None:
     assert batch.target_lengths.tolist() == [len(label) for label in batch.labels]
     assert batch.targets.tolist() == [c for lab in batch.labels for c in lines.charset.encode(lab)]
     assert [lines.source.label(i) for i in batch.indices] == batch.labels
+
+
+def test_a_label_that_changed_since_it_was_checked_is_one_sentence(lines: Lines) -> None:
+    digits = replace(lines, charset=Charset("012345678"))
+    with pytest.raises(DataError, match=r"rendered 0/\d+, which could be .* not in the charset"):
+        list(evaluation_batches(digits))
+
+
+def test_loaders_share_what_the_first_look_at_a_label_file_found(
+    label_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = LabelFile(label_folder / "train.txt", label_folder)
+    count = len(LabelFile(label_folder / "train.txt", label_folder))
+    whole = np.arange(count)
+    lines = Lines(source, whole, np.full(count, 64, np.int32), Charset("0123456789"), 64, workers=2)
+    batches = evaluation_batches(lines, 4)
+    # What a worker would look for in the file now, it would not find.
+    monkeypatch.setattr(LabelFile, "_from_its_start", None)
+    with on_cores(CORES):
+        assert sum(batch.size for batch in batches) == count
 
 
 def test_a_sample_of_lines_is_spread_over_them(lines: Lines) -> None:

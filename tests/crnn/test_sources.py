@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crnn.data import sources
 from crnn.data.sources import LabelFile, Lmdb, Rendered, Shards, Source, open_source
 from crnn.errors import DataError
 from crnn.settings import DataSettings, TextSettings
@@ -39,6 +40,24 @@ def test_label_files_with_any_line_end_read_the_same(
     source = LabelFile(path, tmp_path)
     assert [source.name(i) for i in range(len(source))] == ["a.png", "b/c.png"]
     assert [source.label(i) for i in range(len(source))] == ["one two", " 京A\t"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+def test_lines_are_found_wherever_the_blocks_end(
+    tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes("a.png\t1\r\n\r\n\nb.png\t2\n".encode("utf-8-sig"))
+    monkeypatch.setattr(sources, "BLOCK", block)
+    source = LabelFile(path, tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["a.png", "b.png"]
+
+
+def test_a_label_file_with_fewer_lines_than_before_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("a.png\t1\n")
+    with pytest.raises(DataError, match=r"labels\.txt has fewer lines than it had"):
+        LabelFile(path, tmp_path).label(1)
 
 
 def test_a_label_file_that_shrinks_under_a_reader_kills_nobody(tmp_path: Path) -> None:

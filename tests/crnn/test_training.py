@@ -91,6 +91,18 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_samples(lines: Lines) 
         fit(start(model, settings, 0), lines, settings, Poison())
 
 
+def test_a_gradient_that_is_not_finite_changes_no_weight(lines: Lines) -> None:
+    model = Recogniser(ModelSettings(width=0.05, hidden=4), lines.charset.classes)
+    model.head.bias.register_hook(lambda gradient: gradient * math.inf)
+    before = copy.deepcopy(model.state_dict())
+    settings = TrainSettings(epochs=1, batch_size=8)
+    run = start(model, settings, 0)
+    with pytest.raises(NonFiniteLossError, match=r"its gradient became .* epoch 1, step 1;"):
+        fit(run, lines, settings)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
 def test_gradients_are_right_where_channels_last_computes_wrong_ones(lines: Lines) -> None:
     """RepVGG's first 1x1 convolution has a stride and three inputs: see devices.layout_of."""
     settings = TrainSettings(epochs=1, precision="float32")

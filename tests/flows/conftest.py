@@ -22,8 +22,11 @@ import yaml
 from filelock import FileLock
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from flows.stages.work import Work
+from crnn.files import sha256
+from flows.stages.work import READING, Work
 from tests.flows import commands
 
 TINY: dict[str, Any] = {
@@ -286,6 +289,16 @@ def work_of(
     }
     (folder / "out").mkdir(parents=True)
     return Work(job, folder, folder / "out", lambda event: None)
+
+
+def squeeze(work: Work, width: int, index: Path) -> None:
+    """Give a stage the samples of its data as if data.max_width had been so many pixels."""
+    with safe_open(work.input("data"), "np") as found:
+        tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        reading = {**json.loads(found.metadata()[READING]), "max_width": width}
+    tensors["val_widths"] = tensors["val_widths"].clip(max=width)
+    save_file(tensors, index, {READING: json.dumps(reading)})
+    work.job["inputs"]["data"] = {"file": str(index), "sha256": sha256(index)}
 
 
 @pytest.fixture(scope="session")

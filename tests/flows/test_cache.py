@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from flows import cache, project
+from flows import cache, project, running
 from flows.cache import Manifest, Stage
+from flows.experiment import Experiment
 from flows.locks import seats, single_flight
+from flows.store import StoreError
+from tests.flows.conftest import TINY
 
 
 def stage(**settings: object) -> Stage:
@@ -146,6 +149,28 @@ def test_a_wait_can_be_stopped() -> None:
         ):
             pytest.fail("the lock is held by another process")
         other.kill()
+
+
+def test_a_damaged_copy_of_what_a_worker_finished_is_not_believed() -> None:
+    manifest = publish({"epochs": 1})
+    running.bring(manifest, pytest.fail)
+    (manifest.folder / "model.bin").write_bytes(b"damaged")
+    said: list[str] = []
+    with pytest.raises(StoreError, match="is gone from the store; run again"):
+        running.bring(manifest, said.append)
+    assert "set aside" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("cores", "parallel", "expected"),
+    [(16, 3, 3), (8, 3, 3), (4, 3, 3), (2, 3, 2), (4, "auto", 4), (5, "auto", 2), (7, "auto", 3)],
+)
+def test_as_many_trainings_at_once_as_the_experiment_says(
+    cores: int, parallel: int | str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "cores", lambda: list(range(cores)))
+    experiment = Experiment.model_validate({**TINY, "execution": {"parallel": parallel}})
+    assert running.parallel_finetunes(experiment) == expected
 
 
 def test_cores_are_shared_and_a_whole_machine_waits_for_all_of_them() -> None:

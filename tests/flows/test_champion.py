@@ -16,24 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from crnn.data.render import render_line
 from crnn.data.sources import open_source
-from crnn.files import sha256
 from flows.champion import _first_val_line, beats, best_of
 from flows.experiment import ChampionSettings, load_experiment
 from flows.registry import PROMOTED
-from flows.stages.export import judge
-from flows.stages.work import READING
-from tests.conftest import DIGITS
+from flows.stages.export import _squeezed, judge
+from tests.conftest import DIGITS, rendered_lines
 from tests.flows.conftest import (
     Project,
     client_of,
     copy_of,
     free_port,
     new_project,
+    squeeze,
     wait_for,
     work_of,
 )
@@ -137,15 +135,21 @@ def test_a_champion_is_judged_at_its_own_widest_line(exported: Exported, tmp_pat
     inputs = {"data": made["data"], "export": made["export baseline"]}
     work = work_of(project, "judge", inputs, tmp_path)
     expected = judge(work)[1]
-    narrow = tmp_path / "narrow.safetensors"
-    with safe_open(work.input("data"), "np") as index:
-        tensors = {name: index.get_tensor(name) for name in index.keys()}  # noqa: SIM118
-        reading = {**json.loads(index.metadata()[READING]), "max_width": 64}
-    tensors["val_widths"] = tensors["val_widths"].clip(max=64)
-    save_file(tensors, narrow, {READING: json.dumps(reading)})
-    work.job["inputs"]["data"] = {"file": str(narrow), "sha256": sha256(narrow)}
+    squeeze(work, 64, tmp_path / "narrow.safetensors")
     assert work.lines("val").max_width == 64
     assert judge(work)[1] == pytest.approx(expected)
+
+
+def test_lines_are_as_wide_as_they_are_where_the_champion_serves() -> None:
+    lines = rendered_lines(40)
+    narrowest, widest = int(lines.widths.min()), int(lines.widths.max())
+    between = (narrowest + widest) // 2
+    narrow = _squeezed(lines, between)
+    assert narrow.max_width == between
+    assert narrow.widths.tolist() == lines.widths.clip(max=between).tolist()
+    wide = _squeezed(narrow, 320)
+    assert wide.max_width == 320
+    assert wide.widths.tolist() == lines.widths.tolist()
 
 
 def test_a_champion_that_lacks_a_character_is_judged_by_what_it_reads(

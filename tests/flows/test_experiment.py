@@ -77,7 +77,13 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
         ("model.backbone=MobileNetV3-small_100", r"did you mean mobilenetv3_small_100\?"),
         ("baseline.distill=1", r"baseline.distill needs a teacher section"),
         ("teacher={checkpoint: a, epochs: 0, model: {hidden: 8}}", r"leave out model, or it$"),
-        ("data.train=true", r"data.train: .*not True"),
+        ("data.train=true", r"data.train: takes no true or false, not True"),
+        ("baseline.epochs=true", r"baseline.epochs: takes no true or false, not True"),
+        ("baseline.epochs=yes", r"baseline.epochs: .*integer.*not 'yes'"),
+        ("ratios=[no, 0.5]", r"ratios.0: .*number.*not 'no'"),
+        ("execution.parallel=on", r"execution.parallel: .*integer.*not 'on'"),
+        ("export=false", r"export: null switches it off, not False"),
+        ("prune.targets={size_mb: 1, size_mb: 2}", r"key 'size_mb' is given twice"),
         ("sparse.method=proximal", r"which need it.*method proximal, strength None"),
         ("sparse.strength=0.1", r"for no other; method auto, strength 0.1"),
     ],
@@ -86,6 +92,11 @@ def test_each_mistake_in_a_setting_is_one_sentence(tiny: Path, override: str, me
     with pytest.raises(SettingsError, match=message) as caught:
         load_experiment(tiny, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_is_what_it_looks_like(tiny: Path) -> None:
+    given = load_experiment(tiny, ["seed=010", "data.train=12_000", "prune.compensate=no"])
+    assert (given.seed, given.data.train, given.prune.compensate) == (10, 12_000, False)
 
 
 def test_a_teacher_has_somebody_to_teach_and_time_for_it(tiny: Path) -> None:

@@ -1,6 +1,8 @@
 """Exports as stages: behind every point, measured, and read with."""
 
+import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,20 @@ import numpy as np
 import torch
 
 from crnn.charset import Charset
-from crnn.checkpoint import load_checkpoint
+from crnn.checkpoint import Checkpoint, load_checkpoint, reader_of
 from crnn.data.render import render_line
 from crnn.export import export_onnx
 from crnn.reading import Reader, load_exported
 from crnn.settings import ExportSettings
-from flows.stages.export import _are_tied, opened
-from tests.conftest import CORES, DIGITS, on_cores
-from tests.flows.conftest import Project, copy_of, points_of
+from flows.stages.export import (
+    TOLERANCE,
+    _are_tied,
+    _read_with_both,
+    _write_program,
+    opened,
+)
+from tests.conftest import CORES, DIGITS, on_cores, random_recogniser, rendered_lines
+from tests.flows.conftest import Project, copy_of, points_of, squeeze, work_of
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -78,6 +86,28 @@ def test_an_export_starts_no_threads_beyond_a_stage_s_cores(
         torch.set_num_threads(cores)
     assert len(list(Path("/proc/self/task").iterdir())) == before
     assert reader.charset == network.charset
+
+
+def test_the_program_is_held_against_lines_of_one_character_too(
+    exported: Finished, tmp_path: Path
+) -> None:
+    project = exported[0]
+    made = {label: project.manifests()[label] for label in ("data", "finetune 0.6")}
+    inputs = {"data": made["data"], "model": made["finetune 0.6"]}
+    work = work_of(project, "export", inputs, tmp_path, of={})
+    squeeze(work, 16, tmp_path / "narrow.safetensors")
+    _write_program(work, load_checkpoint(work.input("model")), ExportSettings(pt2=True))
+    assert (work.out / "model.pt2").exists()
+
+
+def test_a_probability_that_is_no_number_is_a_difference() -> None:
+    model = random_recogniser().float()
+    broken = copy.deepcopy(model)
+    next(broken.cnn.parameters()).data.view(-1)[0] = math.nan
+    charset = Charset("0123456789")
+    readers = [reader_of(Checkpoint(m, charset, 320, "baseline")) for m in (model, broken)]
+    difference = _read_with_both(readers[0], readers[1], rendered_lines(4))[1]
+    assert not difference <= TOLERANCE
 
 
 def test_a_tie_between_classes_is_no_difference() -> None:

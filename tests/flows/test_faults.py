@@ -136,6 +136,20 @@ def test_an_error_of_prefect_s_server_is_one_sentence(
     assert "Prefect's server at http://127.0.0.1:4200/api fails (" in capsys.readouterr().err
 
 
+def test_a_prefect_server_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "project")
+    project.environment = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    failed = project.run("frontier", str(project.params), code=2)
+    assert "Prefect's server at http://127.0.0.1:9/api fails (" in failed.stderr.splitlines()[-1]
+
+
+def test_a_state_folder_that_sqlite_cannot_name_is_one_sentence(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "project")
+    project.environment = {"CRNN_SLIM_HOME": str(tmp_path / "what?")}
+    failed = project.run("frontier", str(project.params), code=2)
+    assert "has a '?'" in failed.stderr.splitlines()[-1]
+
+
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "3m") as small:
         changes = {

@@ -9,13 +9,28 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from flows.garbage import garbage, remove
+from flows.locks import single_flight
 from tests.flows.conftest import Project, client_of, copy_of, runs_of
 
 Finished = tuple[Project, dict[str, Any]]
 
+PRUNE, SPARSE = f"prune-{'1' * 20}", f"sparse-{'2' * 20}"
+WEEK = 7 * 86_400
+
 
 def stages(project: Project) -> set[str]:
     return {path.name for path in (project.home / "stages").iterdir()}
+
+
+def old_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "file").write_text("x")
+    old = time.time() - WEEK - 1
+    os.utime(path / "file", (old, old))
+    os.utime(path, (old, old))
 
 
 def test_what_a_sweep_refers_to_stays_until_its_run_is_deleted(
@@ -82,36 +97,77 @@ def test_what_a_running_stage_starts_from_stays(finished: Finished, tmp_path: Pa
     project = copy_of(finished, tmp_path / "copy")
     client_of(project).delete_run(finished[1]["sweep_run"])
     sparse = project.manifests()["sparse"]
-    work = project.home / "work" / "prune-1"
+    work = project.home / "work" / PRUNE
     work.mkdir(parents=True)
     inputs = {"sparse": {"file": str(project.home / "stages" / sparse["key"] / "index.json")}}
     (work / "job.json").write_text(json.dumps({"inputs": inputs}))
-    lock = project.home / "locks" / "prune-1.lock"
+    lock = project.home / "locks" / f"{PRUNE}.lock"
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         shown = project.run("gc", "--older-than", "0").stdout
     assert "finetune" in shown
-    for kept in ("prune-1:", sparse["key"], *sparse["inputs"].values()):
+    for kept in (f"{PRUNE}:", sparse["key"], *sparse["inputs"].values()):
         assert kept not in shown
     assert sparse["key"] in project.run("gc", "--older-than", "0").stdout
+
+
+def test_what_a_running_pipeline_has_used_stays(finished: Finished, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    client_of(project).delete_run(finished[1]["sweep_run"])
+    old_folder(project.home / "work" / SPARSE)
+    lock = project.home / "locks" / "flow-1.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        os.utime(lock, (time.time() - 600, time.time() - 600))
+        project.frontier()
+        shown = project.run("gc", "--older-than", "0").stdout
+    assert SPARSE in shown
+    assert "1 folders" in shown
+
+
+def test_what_is_used_while_others_are_removed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(tmp_path))
+    idle, resumed, held = (tmp_path / "work" / f"sparse-{n * 20}" for n in "123")
+    for folder in (idle, resumed, held):
+        old_folder(folder)
+    found = garbage(7, set(), set())
+    assert {item.path for item in found} == {idle, resumed, held}
+    (resumed / "epoch").write_text("x")
+    with single_flight(held.name):
+        assert [item.path for item in remove(found, 7)] == [idle]
+    assert not idle.exists()
+    assert resumed.is_dir()
+    assert held.is_dir()
+
+
+def test_what_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(tmp_path))
+    for name in ("work/my-thesis", "stages/theatre", "work/fetched-oranges"):
+        old_folder(tmp_path / name)
+    old_folder(tmp_path / "elsewhere")
+    (tmp_path / "stages" / SPARSE).symlink_to(tmp_path / "elsewhere")
+    killed = tmp_path / "stages" / f".{PRUNE}.removed"
+    old_folder(killed)
+    found = garbage(7, set(), set())
+    assert [item.path for item in found] == [killed]
+    assert len(remove(found, 7)) == 1
+    assert not killed.exists()
 
 
 def test_unfinished_and_damaged_work_goes_when_it_is_old(
     finished: Finished, tmp_path: Path
 ) -> None:
     project = copy_of(finished, tmp_path / "copy")
-    old = time.time() - 8 * 86_400
-    for folder in ("work/sparse-1", "set-aside/sparse-2"):
-        (project.home / folder).mkdir(parents=True)
-        (project.home / folder / "file").write_text("x")
-        os.utime(project.home / folder / "file", (old, old))
-        os.utime(project.home / folder, (old, old))
+    for folder in (f"work/{SPARSE}", f"set-aside/{SPARSE}-2"):
+        old_folder(project.home / folder)
     shown = project.run("gc").stdout
-    assert "sparse-1: was never finished" in shown
-    assert "sparse-2: could not be used and was set aside" in shown
+    assert f"{SPARSE}: was never finished" in shown
+    assert f"{SPARSE}-2: could not be used and was set aside" in shown
     project.run("gc", "--yes")
-    assert not (project.home / "work" / "sparse-1").exists()
-    assert not (project.home / "set-aside" / "sparse-2").exists()
+    assert not (project.home / "work" / SPARSE).exists()
+    assert not (project.home / "set-aside" / f"{SPARSE}-2").exists()
 
 
 def test_without_mlflow_nothing_can_be_told_to_be_garbage(

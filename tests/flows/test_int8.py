@@ -14,7 +14,7 @@ import torch
 
 from crnn.checkpoint import load_checkpoint
 from flows.cache import HISTORY, MODEL
-from flows.stages.quantize import _within_budget, qat
+from flows.stages.quantize import _within_budget, points_lost, qat
 from tests.flows.conftest import Project, points_of, work_of
 
 TRAINING = {"epochs": 2, "batch_size": 16, "learning_rate": 2e-4}
@@ -64,6 +64,12 @@ def test_layers_that_cost_too_much_stay_in_float() -> None:
     assert chosen(3) == (["a", "c"], 2)
     assert chosen(1) == (["a"], 1)
     assert chosen(0.5) == ([], 0)
+
+
+def test_a_budget_allows_what_it_names_to_the_line() -> None:
+    for read in range(1000, 2001):
+        assert points_lost(read / 2000, (read - 6) / 2000) <= 0.3
+        assert points_lost(read / 2000, (read - 7) / 2000) > 0.3
 
 
 def test_a_network_is_trained_on_for_8_bits(exported: Exported, tmp_path: Path) -> None:

@@ -169,6 +169,16 @@ def test_what_can_be_cut_is_proven(network: Recogniser) -> None:
     refuse_uncuttable(network)
 
 
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_100", "ghostnet_100"])
+def test_the_deepest_cut_has_the_same_groups_and_can_be_cut_again(backbone: str) -> None:
+    network = random_network(backbone)
+    groups = groups_of(network)
+    masks = [torch.arange(group.size) == 0 for group in groups]
+    narrow = cut(network, masks)
+    assert [group.name for group in groups_of(narrow)] == [group.name for group in groups]
+    refuse_uncuttable(narrow)
+
+
 def test_a_channel_that_no_norm_scales_alone_is_refused() -> None:
     network = random_network("hgnetv2_b0")  # Adds a learned number behind each ReLU.
     with (
