@@ -19,12 +19,13 @@ def home() -> Path:
 def identity() -> str:
     """Name of this state folder, whose locks tell whether a recorded run is alive.
 
-    It is drawn once: machines have the same host name, and containers another after each start.
+    It is drawn once: machines have the same host name, and containers another after each start. A
+    copy of the folder has another name, by the inode.
     """
     path = home() / "identity"
     if not path.exists():  # Of two that begin at once, the first is not known again if it dies.
         write_atomic(path, uuid4().hex.encode())
-    return path.read_text(encoding="utf-8")
+    return f"{path.read_text(encoding='utf-8')}-{path.stat().st_ino}"
 
 
 def stages_folder() -> Path:

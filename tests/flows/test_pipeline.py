@@ -164,14 +164,16 @@ def wait_until_sparse_is_recorded(project: Project) -> None:
 def states_of_flows(project: Project) -> list[str]:
     """Prefect's states of all runs of a project, sorted."""
     code = (
-        "import platform, sys\n"
         "from prefect.client.orchestration import get_client\n"
+        "from flows.project import identity\n"
+        "own = identity()\n"
         "with get_client(sync_client=True) as client:\n"
-        "    own = f'{platform.node()}:{sys.argv[1]}'\n"
         "    print(*[r.state.type.value for r in client.read_flow_runs() if own in r.tags])\n"
     )
-    command = [sys.executable, "-c", code, str(project.home)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(
+        command, **project.options(), stdout=subprocess.PIPE, check=True
+    ).stdout
     return sorted(printed.split())
 
 

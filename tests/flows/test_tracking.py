@@ -1,7 +1,6 @@
 """What a run leaves in MLflow, read back through MLflow's own client."""
 
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ from mlflow.entities import Run
 
 from flows import cache
 from flows.definitions import VERSIONS
-from flows.tracking import Tracker
+from flows.project import identity
+from flows.tracking import STATE_FOLDER, Tracker
 from tests.flows import commands
 from tests.flows.conftest import Project, client_of, copy_of, new_project, runs_of
 
@@ -227,15 +227,17 @@ def test_a_sweep_with_another_set_of_ratios_is_another_run(
 
 
 def test_runs_of_dead_processes_are_marked_and_explained(
-    finished: Finished, tmp_path: Path
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = copy_of(finished, tmp_path / "copy")
     client = client_of(project)
     experiment = client.get_experiment_by_name("tiny")
-    home = f"{os.uname().nodename}:{project.home}"
-    tags = {"kind": "stage", "stage_key": "sparse-1", "home": home}
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    tags = {"kind": "stage", "stage_key": "sparse-1", STATE_FOLDER: identity()}
     dead = client.create_run(experiment.experiment_id, tags=tags)
-    other = client.create_run(experiment.experiment_id, tags={**tags, "home": "elsewhere:/x"})
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(finished[0].home))
+    of_the_original = {**tags, STATE_FOLDER: identity()}
+    other = client.create_run(experiment.experiment_id, tags=of_the_original)
     project.frontier()
     found = client.get_run(dead.info.run_id)
     assert found.info.status == "KILLED"
