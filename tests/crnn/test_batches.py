@@ -108,10 +108,10 @@ def test_loaders_share_what_the_first_look_at_a_label_file_found(
     count = len(LabelFile(label_folder / "train.txt", label_folder))
     whole = np.arange(count)
     lines = Lines(source, whole, np.full(count, 64, np.int32), Charset("0123456789"), 64, workers=2)
-    batches = evaluation_batches(lines, 4)
-    # What a worker would look for in the file now, it would not find.
-    monkeypatch.setattr(LabelFile, "_from_its_start", None)
     with on_cores(CORES):
+        batches = evaluation_batches(lines, 4)
+        # What a worker would look for in the file now, it would not find.
+        monkeypatch.setattr(LabelFile, "_from_its_start", None)
         assert sum(batch.size for batch in batches) == count
 
 

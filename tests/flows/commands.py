@@ -19,8 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-PATIENCE = 300
-"""Seconds for a command, which SIGALRM ends then."""
+PATIENCE = 600
+"""Seconds after which what has to happen is given up: a machine under load can be slow."""
 
 
 def run(

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from crnn.files import sha256
 from flows.stages.work import READING, Work
 from tests.flows import commands
+from tests.flows.commands import PATIENCE
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -155,7 +156,7 @@ def free_port() -> int:
     return port
 
 
-def wait_for(address: str, seconds: float = 60) -> bytes:
+def wait_for(address: str, seconds: float = PATIENCE) -> bytes:
     """Content of a page as soon as its server answers."""
     deadline = time.monotonic() + seconds
     while True:
@@ -171,7 +172,7 @@ def wait_for(address: str, seconds: float = 60) -> bytes:
 
 def wait_for_epoch(project: Project, running: subprocess.Popen[str]) -> None:
     """Until a running pipeline has finished an epoch of its sparse stage."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not list(project.home.glob("work/sparse-*/state.safetensors")):
         assert running.poll() is None
         assert time.monotonic() < deadline
@@ -224,7 +225,7 @@ def serve_prefect(home: Path, **more: str) -> Iterator[str]:
         if before:
             os.environ["PREFECT_API_URL"] = before
         server.terminate()
-        server.wait(30)
+        server.wait(PATIENCE)
 
 
 @contextmanager

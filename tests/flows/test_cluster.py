@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from flows.servers import LEASES_IN_FILES
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
     LONG,
     TINY,
@@ -33,7 +34,7 @@ from tests.flows.conftest import (
     wait_for,
     wait_for_epoch,
 )
-from tests.flows.test_store import PATIENCE, machines, start, written
+from tests.flows.test_store import machines, start, written
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("CRNN_SLIM_CLUSTER_TEST")
@@ -176,7 +177,7 @@ def ray(folder: Path, servers: dict[str, str]) -> Iterator[tuple[str, Workers]]:
 
 
 def wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while True:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -246,7 +247,7 @@ def test_another_worker_goes_on_when_one_dies(tmp_path: Path, servers: dict[str,
 
 def wait_for_worker(folder: Path, begun: subprocess.Popen[str]) -> str:
     """The worker that has finished an epoch of the sparse stage."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE
     while True:
         assert begun.poll() is None
         assert time.monotonic() < deadline
@@ -264,7 +265,7 @@ def test_workers_stop_with_the_run(tmp_path: Path, servers: dict[str, str], how:
         begun = start(project)
         name = wait_for_worker(tmp_path, begun)
         begun.send_signal(how)
-        begun.communicate(timeout=60)
+        begun.communicate(timeout=PATIENCE)
         assert begun.returncode
         state = next((tmp_path / name).glob("work/sparse-*/state.safetensors"))
         time.sleep(8)

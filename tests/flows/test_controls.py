@@ -27,6 +27,7 @@ from pruning.settings import PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import cut
 from tests.conftest import random_recogniser
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import TINY, Project, computed, copy_of, points_of, runs_of
 from tests.flows.test_pipeline import start_and_wait_for, weights
 from tests.flows.test_report import row
@@ -168,7 +169,7 @@ def test_controls_add_their_own_stages_and_a_killed_one_goes_on_to_the_same_bits
     project = with_controls(finished, tmp_path / "copy")
     process = start_and_wait_for(project, "scratch 0.3: epoch 3/")
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     run = project.run("frontier", str(project.params), "--json")
     assert "scratch 0.3: goes on after epoch" in run.stderr
     labels = {"scratch 0.3", "small 0.3", "measure scratch 0.3", "measure small 0.3", "latency"}

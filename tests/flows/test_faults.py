@@ -20,6 +20,7 @@ from flows.cli import _explain
 from flows.definitions import checkpoint_of
 from flows.experiment import Experiment
 from flows.stages.work import proven
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import TINY, Project, copy_of, new_project
 
 Finished = tuple[Project, dict[str, Any]]
@@ -42,7 +43,7 @@ def test_a_checkpoint_that_changes_before_its_stage_starts_is_not_another_networ
     stage = Stage("baseline", "baseline", {"checkpoint": sha256(own)}, {}, 1)
     assert checkpoint_of(experiment, stage) == str(own)
     own.write_bytes(b"other weights")
-    with pytest.raises(PassingError, match=r"own\.safetensors was changed or removed"):
+    with pytest.raises(PassingError, match=r"own\.safetensors was changed while the pipeline ran"):
         checkpoint_of(experiment, stage)
 
 
@@ -119,7 +120,9 @@ def test_a_disk_too_full_for_prefect_s_server_is_said(tmp_path: Path) -> None:
         environment = project.options()["env"]
         del environment["PREFECT_API_URL"]
         command = project.command("frontier", str(project.params))
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        run = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
     assert run.returncode == 2
     assert "Prefect's server does not start" in run.stderr.splitlines()[-1]
 

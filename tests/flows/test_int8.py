@@ -15,6 +15,7 @@ import torch
 from crnn.checkpoint import load_checkpoint
 from flows.cache import HISTORY, MODEL
 from flows.stages.quantize import _within_budget, points_lost, qat
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import Project, points_of, work_of
 
 TRAINING = {"epochs": 2, "batch_size": 16, "learning_rate": 2e-4}
@@ -106,7 +107,7 @@ def test_two_processes_train_for_8_bits_as_one_does(exported: Exported, tmp_path
         }
         (work.folder / "job.json").write_text(json.dumps(job))
         command = [sys.executable, "-m", "flows.worker", str(work.folder / "job.json")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert json.loads(done.stdout.splitlines()[-1])["event"] == "done", done.stderr
         lines = (work.out / HISTORY).read_text().splitlines()
         losses.append([json.loads(line)["train/loss"] for line in lines])

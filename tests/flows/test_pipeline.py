@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
     LONG,
     TINY,
@@ -75,7 +76,9 @@ def test_the_same_command_computes_nothing_even_with_a_prefect_server_of_its_own
     environment = project.options()["env"]
     del environment["PREFECT_API_URL"]
     command = project.command("frontier", str(project.params), "--json")
-    run = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
+    run = subprocess.run(
+        command, env=environment, capture_output=True, check=True, timeout=PATIENCE
+    )
     assert json.loads(run.stdout) == {**finished[1], "computed": []}
 
 
@@ -155,7 +158,7 @@ def start_and_wait_for(project: Project, text: str) -> subprocess.Popen[str]:
 
 def wait_until_sparse_is_recorded(project: Project) -> None:
     """Until MLflow, which no stage waits for, has the run of the sparse stage."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while "sparse" not in runs_of(project, "stage", "stopped"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -225,14 +228,14 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
         wait_until_sparse_is_recorded(project)
         stop(process)
         # Tests run beside this one; what is promised, five seconds, the torture holds it to.
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while any(Path(f"/proc/{pid}").exists() for pid in workers):
             if time.monotonic() > deadline:
                 process.kill()
                 process.communicate()
                 pytest.fail(f"training went on after the stop that ends in {code}")
             time.sleep(0.1)
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE)
         assert process.returncode == code
         assert runs_of(project, "stage", "stopped")["sparse"].info.status == in_mlflow
 
@@ -259,7 +262,7 @@ def test_two_pipelines_at_once_compute_each_stage_once(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]
-    results = [process.communicate(timeout=300) for process in pair]
+    results = [process.communicate(timeout=PATIENCE) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], results
     computed = [label for output, _ in results for label in json.loads(output)["computed"]]
     assert len(computed) == len(set(computed)) == 11

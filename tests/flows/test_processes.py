@@ -16,6 +16,7 @@ import torch
 
 from crnn.errors import SettingsError
 from flows import group
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
     Project,
     computed,
@@ -117,7 +118,7 @@ def test_a_process_that_is_killed_costs_nothing(
     project = before_sparse(both[1], tmp_path / "killed")
     running = begun(project)
     os.kill(ranks(project)[-1], signal.SIGKILL)
-    assert running.wait(120) == 0
+    assert running.wait(PATIENCE) == 0
     found, expected = (p.manifests()["sparse"]["files"] for p in (project, both[1]))
     assert found["model.safetensors"] == expected["model.safetensors"]
     assert found["history.jsonl"] != expected["history.jsonl"], "seconds differ"
@@ -127,7 +128,7 @@ def test_one_process_finishes_what_two_began(both: tuple[Project, Project], tmp_
     project = before_sparse(both[1], tmp_path / "alone")
     running = begun(project)
     running.terminate()
-    assert running.wait(60) != 0
+    assert running.wait(PATIENCE) != 0
     assert ranks(project) == []
     project.frontier("--set", "execution.processes=1")
     losses = [[epoch["train/loss"] for epoch in histories(p)["sparse"]] for p in (project, both[1])]
@@ -151,7 +152,7 @@ def training_along(project: Project) -> Iterator[subprocess.Popen[str]]:
         yield joined
     finally:
         joined.terminate()
-    said = joined.communicate(timeout=30)[1]
+    said = joined.communicate(timeout=PATIENCE)[1]
     assert (joined.returncode, "the others go on" in said) == (0, True) or joined.returncode < 0
 
 
@@ -161,7 +162,7 @@ def test_two_machines_train_as_one_does(both: tuple[Project, Project], tmp_path:
         running = begun(first)
         lost.kill()
     with training_along(second):
-        assert running.wait(180) == 0
+        assert running.wait(PATIENCE) == 0
     found, expected = histories(first), histories(both[0])
     assert_trained_alike(found, expected)
 
@@ -187,4 +188,4 @@ def test_a_machine_with_other_samples_does_not_join(tmp_path: Path) -> None:
     refused = second.run("join", str(second.params), "--set", "data.train=40", code=2)
     assert "are not those of the machine that leads" in refused.stderr
     leads.terminate()
-    assert leads.wait(60) != 0
+    assert leads.wait(PATIENCE) != 0

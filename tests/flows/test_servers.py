@@ -23,6 +23,7 @@ from flows import servers
 from flows.experiment import NotifySettings
 from flows.locks import single_flight
 from flows.notice import notify
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import Project, copy_of, free_port, new_project, wait_for
 
 Finished = tuple[Project, dict[str, Any]]
@@ -36,7 +37,7 @@ def started(project: Project, *arguments: str, log: Path) -> subprocess.Popen[st
 
 
 def wait_until_said(log: Path, words: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE
     while words not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -73,7 +74,7 @@ def test_up_serves_both_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert [run["state_type"] for run in json.loads(runs.read())] == ["COMPLETED"]
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(30)
+        server.wait(PATIENCE)
     assert server.returncode == 0
     assert "both servers have stopped" in (tmp_path / "log").read_text()
     for port in (mlflow, prefect):
@@ -101,7 +102,7 @@ def test_a_cron_tick_fires_and_its_run_finishes(finished: Finished, tmp_path: Pa
         assert run["auto_scheduled"]
     finally:
         scheduler.send_signal(signal.SIGINT)
-        scheduler.wait(60)
+        scheduler.wait(PATIENCE)
     assert "is no longer scheduled" in log.read_text()
     assert list(project.home.glob("reports/ticking/sweep-*/report.html"))
 
@@ -109,7 +110,7 @@ def test_a_cron_tick_fires_and_its_run_finishes(finished: Finished, tmp_path: Pa
 def finished_run(name: str) -> dict[str, Any]:
     """The first run of a deployment, as soon as it is over."""
     content = json.dumps({"deployments": {"name": {"any_": [name]}}}).encode()
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         request = urllib.request.Request(
             f"{os.environ['PREFECT_API_URL']}/flow_runs/filter",
@@ -169,7 +170,7 @@ def test_a_run_whose_stage_dies_is_tried_again(tmp_path: Path) -> None:
     while subprocess.run(kill).returncode:
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
-    assert process.wait(200) == 0, log.read_text()
+    assert process.wait(PATIENCE) == 0, log.read_text()
     assert "tried again in 0.1 s" in log.read_text()
 
 
@@ -236,7 +237,7 @@ def test_a_schedule_finds_ports_and_believes_no_record_of_servers_that_are_gone(
             assert re.search(r":4200\b", log.read_text()) is None
         finally:
             scheduler.send_signal(signal.SIGINT)
-            scheduler.wait(60)
+            scheduler.wait(PATIENCE)
     assert not record.exists()
 
 
@@ -271,7 +272,7 @@ cli.main()
 def test_a_run_that_loses_its_lease_goes_on(tmp_path: Path) -> None:
     project = new_project(tmp_path / "project", ratios=[0.6], export=None)
     command = [sys.executable, "-c", LOSES_ITS_LEASE, "frontier", str(project.params), "--json"]
-    done = subprocess.run(command, **project.options(), capture_output=True, timeout=120)
+    done = subprocess.run(command, **project.options(), capture_output=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "did not renew this run's place in time; it goes on" in done.stderr
     printed = json.loads(done.stdout)

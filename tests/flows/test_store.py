@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import Project, new_project
-
-PATIENCE = 240
-"""Seconds for a lease to run out, and for the stages behind it."""
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from flows.definitions import VERSIONS
 from flows.project import identity
 from flows.tracking import STATE_FOLDER, Tracker
 from tests.flows import commands
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import Project, client_of, copy_of, new_project, runs_of
 
 Finished = tuple[Project, dict[str, Any]]
@@ -157,7 +158,7 @@ def test_a_store_that_is_back_before_the_end_is_filled_by_the_same_run(
     tracker = Tracker("tiny", warnings.append)
     for folder in project.home.glob("stages/*"):
         tracker.finish(cache.verified(folder))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not warnings:
         assert time.monotonic() < deadline
         time.sleep(0.05)
