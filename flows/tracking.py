@@ -4,6 +4,7 @@ Runs are projections of results on disk, found by tags, so that recording twice 
 and what an outage kept from being recorded is recorded when MLflow is back, or at the next run.
 """
 
+import atexit
 import logging
 import math
 import platform
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -446,12 +448,16 @@ def _stages_behind(client: MlflowClient, version: ModelVersion) -> set[str]:
 def download(uri: str) -> Path:
     """Fetch an artifact named by an MLflow URI (runs:/..., models:/..., mlflow-artifacts:/...).
 
+    The copy goes when this process ends.
+
     Raises:
         CheckpointError: MLflow has no such artifact, or cannot be reached.
     """
     create_store()
+    folder = TemporaryDirectory(prefix="crnn-slim-")
+    atexit.register(folder.cleanup)
     try:
-        return Path(mlflow.artifacts.download_artifacts(uri))
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder.name))
     except (MlflowException, OSError) as error:
         raise CheckpointError(f"MLflow gives no artifact at {uri}: {_reason(error)}") from error
 

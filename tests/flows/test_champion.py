@@ -110,8 +110,15 @@ def test_the_champion_is_registered_once_and_only_a_better_one_follows(
     assert tags["int8_key"] == version.tags["key"]
     image = tmp_path / "line.png"
     render_line(7, 3, DIGITS)[0].save(image)
-    reading = project.run("predict", "models:/tiny@champion", str(image), "--json")
+    command = project.command("predict", "models:/tiny@champion", str(image), "--json")
+    options = project.options()
+    (tmp := tmp_path / "tmp").mkdir()
+    environment = {**options.pop("env"), "TMPDIR": str(tmp)}
+    reading = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, check=True, **options
+    )
     assert len(json.loads(reading.stdout)["readings"]) == 1
+    assert not list(tmp.rglob("*.onnx")), "what was fetched goes again"
 
 
 def test_other_lines_are_read_by_the_champion_before_it_is_judged(
