@@ -16,7 +16,7 @@ from crnn.charset import Charset
 from crnn.data.augment import augment
 from crnn.data.images import BUCKET, fit_line, pad_lines
 from crnn.data.render import generator
-from crnn.data.sources import Source
+from crnn.data.sources import LabelFile, Source
 from crnn.distributed import own_share
 from crnn.errors import DataError
 from crnn.settings import AugmentSettings, TrainSettings
@@ -266,7 +266,8 @@ def _by_width(
 
 def _loader(view: _View, shares: Sequence[Share] | _Epoch) -> Batches:
     workers = min(view.lines.workers, len(shares))
-    len(view.lines.source)  # What it has to look up for that, no worker has to look up again.
+    if workers and isinstance(view.lines.source, LabelFile):
+        len(view.lines.source)  # Where lines begin is found before the fork; an LMDB opens after it.
     loader = DataLoader(
         view,
         batch_size=None,  # An item is a batch already.
