@@ -267,7 +267,7 @@ def _by_width(
 def _loader(view: _View, shares: Sequence[Share] | _Epoch) -> Batches:
     workers = min(view.lines.workers, len(shares))
     if workers and isinstance(view.lines.source, LabelFile):
-        len(view.lines.source)  # Where lines begin is found before the fork; an LMDB opens after it.
+        len(view.lines.source)  # Before the fork it is done once; an LMDB is opened after it.
     loader = DataLoader(
         view,
         batch_size=None,  # An item is a batch already.
