@@ -29,6 +29,7 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
+from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
     LONG,
     Project,
@@ -151,7 +152,7 @@ def wait_for_stage(
 def finish(project: Project, reference: Project, outcome: Outcome) -> None:
     """Let the pipeline end, and compare everything with the one that was left alone."""
     process = start(project)
-    code = process.wait(timeout=300)
+    code = process.wait(PATIENCE)
     outcome.check(code == 0, f"the run after it ended with code {code}: {last_line(project)}")
     if code:
         return
@@ -209,7 +210,7 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
             killed = time.monotonic()
             with suppress(ProcessLookupError):  # It ended by itself just now.
                 os.kill(chance.choice([process.pid, worker, *children_of(worker)]), signal.SIGKILL)
-            if process.wait(300) == 0:
+            if process.wait(PATIENCE) == 0:
                 break
             while workers_of(project):
                 time.sleep(0.05)
@@ -230,7 +231,7 @@ def cancels(folder: Path, reference: Project, chance: random.Random) -> Outcome:
         process = start(project)
         found = wait_for_stage(project, process, "baseline")
         if found is None or found[0] not in TRAINING:
-            process.wait(300)
+            process.wait(PATIENCE)
             finish(project, reference, outcome)
             shutil.rmtree(project.home)
             continue
@@ -245,7 +246,7 @@ def cancels(folder: Path, reference: Project, chance: random.Random) -> Outcome:
         seconds = time.monotonic() - sent
         outcome.longest = max(outcome.longest, seconds)
         outcome.check(seconds < 5, f"training went on for {seconds:.1f} s")
-        code = process.wait(60)
+        code = process.wait(PATIENCE)
         outcome.check(code in (130, 143), f"exit code {code}")
         running = [status for status in statuses(project) if status == "RUNNING"]
         outcome.check(not running, f"{len(running)} MLflow runs still RUNNING")
@@ -387,7 +388,7 @@ def two_at_once(folder: Path, reference: Project, chance: random.Random) -> Outc
         time.sleep(0.05)
     outcome.longest = time.monotonic() - killed
     outcome.check(outcome.longest < 5, f"take-over after {outcome.longest:.1f} s")
-    codes = sorted(process.wait(300) for process in (first, second))
+    codes = sorted(process.wait(PATIENCE) for process in (first, second))
     outcome.check(codes == [-signal.SIGKILL, 0], f"exit codes {codes}")
     finish(project, reference, outcome)
     return outcome
@@ -400,7 +401,7 @@ def eight_at_once(folder: Path, reference: Project, chance: random.Random) -> Ou
     command = project.command("frontier", str(project.params), "--json")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     group = [subprocess.Popen(command, **pipes, **project.options()) for _ in range(8)]
-    printed = [process.communicate(timeout=600) for process in group]
+    printed = [process.communicate(timeout=PATIENCE) for process in group]
     for process, (_, error) in zip(group, printed, strict=True):
         outcome.check(process.returncode == 0, error[-300:])
     computed = [label for out, _ in printed if out for label in json.loads(out)["computed"]]
@@ -419,7 +420,7 @@ def mlflow_outage(folder: Path, reference: Project, chance: random.Random) -> Ou
         process = start(project)
         wait_for_stage(project, process, "sparse")
         time.sleep(3)
-    code = process.wait(300)
+    code = process.wait(PATIENCE)
     outcome.check(code == 0, f"the run ended with code {code}")
     with serve_mlflow(folder, port):
         finish(project, reference, outcome)
@@ -438,7 +439,7 @@ def prefect_outage(folder: Path, reference: Project, chance: random.Random) -> O
     time.sleep(chance.uniform(0, 4))
     subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "-f", "flows.server"], check=True)
     killed = time.monotonic()
-    code = process.wait(300)
+    code = process.wait(PATIENCE)
     outcome.longest = time.monotonic() - killed
     outcome.check(code in (0, 2), f"exit code {code}: {last_line(project)}")
     finish(project, reference, outcome)
@@ -457,7 +458,7 @@ def full_disk(folder: Path, reference: Project, chance: random.Random) -> Outcom
         project = fresh_project(small / "project")
         project.environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
         size = 200
-        while (code := start(project).wait(300)) != 0:
+        while (code := start(project).wait(PATIENCE)) != 0:
             outcome.tried += 1
             outcome.check(code == 2, f"exit code {code} at {size} kB")
             size += chance.randrange(size // 4, size // 2)
