@@ -25,8 +25,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from typing import Any
 
 from crnn.charset import Charset
 from crnn.data import images
-from crnn.data.sources import Dataset, Shards, open_source
+from crnn.data.sources import Dataset, Shards, Stopping, never, open_source
 from crnn.errors import CheckpointError, PassingError, SettingsError
 from crnn.files import sha256, write_atomic
 from crnn.settings import (
@@ -42,14 +42,14 @@ TRAINING = ("baseline", "sparse", "finetune", "scratch", "small", "qat")
 """Stages that can train on several processes."""
 
 VERSIONS = {
-    "data": 2,
+    "data": 3,
     "baseline": 5,
     "sparse": 6,
     "target": 5,
     "prune": 5,
     "finetune": 3,
     "scratch": 5,
-    "small": 4,
+    "small": 5,
     "export": 3,
     "int8": 8,
     "qat": 5,
@@ -60,13 +60,18 @@ VERSIONS = {
 """Raise a stage's number when a change of its code changes its result."""
 
 
-def data_stage(experiment: Experiment) -> Stage:
-    """Check and index of the samples. Its identity is their content, not their place."""
+def data_stage(experiment: Experiment, stopping: Stopping = never) -> Stage:
+    """Check and index of the samples. Its identity is their content, not their place.
+
+    Args:
+        experiment: Its definition.
+        stopping: Asked while new samples are read; StoppedError once it says so.
+    """
     settings = experiment.data
     charset = given_charset(settings)
     content = {
         "charset": charset.characters if charset else "",
-        "fingerprint": fingerprint(experiment),
+        "fingerprint": fingerprint(experiment, stopping),
         "images": images.VERSION,
         "max_width": settings.max_width,
         "on_bad_sample": settings.on_bad_sample,
@@ -124,7 +129,7 @@ def checkpoint_of(experiment: Experiment, stage: Stage) -> str | None:
     """
     if (digest := stage.settings.get("checkpoint")) is None:
         return None
-    paths = _checkpoints(experiment)
+    paths = checkpoints(experiment)
     for path in paths:
         if _digest_of_file(Path(path)) == digest:
             return path
@@ -134,7 +139,7 @@ def checkpoint_of(experiment: Experiment, stage: Stage) -> str | None:
     )
 
 
-def _checkpoints(experiment: Experiment) -> list[str]:
+def checkpoints(experiment: Experiment) -> list[str]:
     """Paths of all checkpoints that an experiment starts from."""
     sections = [section for section in (experiment.baseline, experiment.teacher) if section]
     return [section.checkpoint for section in sections if section.checkpoint is not None]
@@ -213,8 +218,9 @@ def control_stage(experiment: Experiment, kind: str, upstream: Upstream, seed: i
 
     The schedule is the baseline's (batch size, learning rate, weight decay, augmentation,
     precision) but for the number of epochs, which flows.stages.controls derives from those on the
-    slimming path. A sparse stage that did not start from the baseline has no baseline on its path.
-    What went into a baseline.checkpoint before this experiment is not counted, as nobody knows it.
+    slimming path. The baseline is on it where the sparse stage starts from it or fine-tuning is
+    taught by it. What went into a baseline.checkpoint before this experiment is not counted, as
+    nobody knows it.
 
     Args:
         experiment: Its definition.
@@ -226,7 +232,7 @@ def control_stage(experiment: Experiment, kind: str, upstream: Upstream, seed: i
     uncut_epochs, inputs = experiment.sparse.epochs, dict(upstream)
     epochs = settings["train"].pop("epochs")
     settings["train"].pop("distill", None)  # A control has no teacher.
-    if experiment.sparse.from_baseline:
+    if _baseline_is_needed(experiment):
         uncut_epochs += epochs
     else:
         del inputs["baseline"]
@@ -240,6 +246,12 @@ def control_stage(experiment: Experiment, kind: str, upstream: Upstream, seed: i
     ratio = upstream["prune"].settings["basis_points"] / 10_000
     label = f"{kind} {ratio:g}{of_seed(experiment, seed)}"
     return Stage(kind, label, settings, inputs, VERSIONS[kind])
+
+
+def _baseline_is_needed(experiment: Experiment) -> bool:
+    """Whether slimming takes the baseline, to start from it or to be taught by it."""
+    taught = experiment.finetune.distill and not experiment.teacher
+    return bool(experiment.sparse.from_baseline or taught)
 
 
 def _taught_epochs(experiment: Experiment) -> int:
@@ -263,7 +275,7 @@ def export_stage(settings: ExportSettings, stages: Upstream) -> Stage:
     """
     model, pruned = list(stages.values())[-1], stages.get("prune")
     origin: dict[str, Any] = {"stage": model.stage, "key": model.key}
-    if pruned:
+    if pruned and "small" not in stages:  # That one is as small as a cut, and uncut.
         origin["ratio"] = pruned.settings["basis_points"] / 10_000
     shape = _dump(settings)
     if not settings.pt2:
@@ -351,7 +363,7 @@ def open_sources(experiment: Experiment) -> list[Dataset | Shards]:
     for model in (experiment.model, *([experiment.teacher.model] if experiment.teacher else [])):
         if model.backbone != VGG13:
             _refuse_backbone(model)
-    for path in _checkpoints(experiment):
+    for path in checkpoints(experiment):
         _digest_of_file(Path(path))
     checkpoint = experiment.baseline.checkpoint if experiment.sparse.from_baseline else None
     if experiment.controls.small and checkpoint:
@@ -381,31 +393,36 @@ def _refuse_backbone(settings: ModelSettings) -> None:
         Recogniser(settings, 2)
 
 
-def fingerprint(experiment: Experiment) -> str:
+def fingerprint(experiment: Experiment, stopping: Stopping = never) -> str:
     """SHA-256 over labels and images of both splits.
 
     Memoised by name, size and modification time of every file, for each file of labels or
     shard, so that unchanged data is not read again.
+
+    Args:
+        experiment: Its definition.
+        stopping: Asked while samples are read; StoppedError once it says so.
     """
     place = str(Path(experiment.data.root).resolve())
     digests = []
     for split in ("train", "val"):
         source = open_source(experiment.data, split, experiment.seed)
         if isinstance(source, Shards):
-            digests.append(_digest([_remembered(shard, place) for shard in source.shards]))
+            shards = [_remembered(shard, place, stopping) for shard in source.shards]
+            digests.append(_digest(shards))
         else:
-            digests.append(_remembered(source, place))
+            digests.append(_remembered(source, place, stopping))
     return _digest(digests)
 
 
-def _remembered(part: Dataset, place: str) -> str:
+def _remembered(part: Dataset, place: str, stopping: Stopping) -> str:
     """SHA-256 over labels and images of a split or a shard."""
     memo = project.home() / "fingerprints" / f"{_digest([place, part.stamp()])}.json"
     try:
         return str(json.loads(memo.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         display.say(f"data: reading {len(part)} samples that are new or have changed")
-        digest = part.digest()
+        digest = part.digest(stopping)
         write_atomic(memo, json.dumps(digest).encode())
         return digest
 

@@ -98,7 +98,7 @@ def _texts(path: Path) -> list[str]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start})") from error
-    return [line.rpartition("\t")[2] for line in lines if line]
+    return [line.split("\t", 1)[-1] for line in lines if line]
 
 
 def _reader(path: Path) -> Reader:

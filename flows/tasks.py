@@ -22,7 +22,7 @@ CACHED = "Cached"
 @task(cache_policy=NO_CACHE, task_run_name="data")
 def data(context: Context) -> Any:
     """Check and index the samples."""
-    return _run_stage(context, definitions.data_stage(context.experiment))
+    return _run_stage(context, definitions.data_stage(context.experiment, context.stop.is_set))
 
 
 @task(cache_policy=NO_CACHE, task_run_name="teacher{context.of_seed}")

@@ -182,11 +182,15 @@ def refuse_empty(splits: dict[str, Checked]) -> None:
 def training_charset(source: Source) -> Charset:
     """The characters of all readable labels of a source."""
     found: set[str] = set()
+    fault = ""
     for index in range(len(source)):
         try:
             found.update(source.label(index))
-        except DataError:
-            continue  # check_split reports it.
+        except DataError as error:  # Where others can be read, check_split reports it.
+            fault = fault or f"the first that cannot be read is {source.name(index)}: {error}"
     if not found:
-        raise DataError("no training label has any character; is the data set empty?")
+        raise DataError(
+            f"of {len(source)} training labels none has any character;"
+            f" {fault or 'is the data set empty?'}"
+        )
     return Charset("".join(sorted(found)))

@@ -10,7 +10,7 @@ import os
 import weakref
 from bisect import bisect_right
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from io import BufferedReader
 from itertools import accumulate, chain
@@ -24,15 +24,23 @@ from PIL import Image, features
 
 from crnn.data.images import decode
 from crnn.data.render import VERSION, fonts_for, render_label, render_line
-from crnn.errors import DataError
+from crnn.errors import DataError, StoppedError
 from crnn.files import sha256
 from crnn.settings import DataSettings, TextSettings
 
 BLOCK = 1 << 24
-"""Bytes of a label file that are looked through for lines at once."""
+"""Bytes of a label file or an LMDB that are looked through at once."""
 
 LINE = 512
 """Bytes that are read of a label file at once: more than most lines have."""
+
+
+Stopping = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
 
 
 class Source(Protocol):
@@ -57,14 +65,19 @@ class Dataset(Source, Protocol):
     def stamp(self) -> str:
         """Hash of the name, size and modification time of every file: cheap, no file is read."""
 
-    def digest(self) -> str:
-        """SHA-256 over labels and images: changes when any sample does."""
+    def digest(self, stopping: Stopping = never) -> str:
+        """SHA-256 over labels and images: changes when any sample does.
+
+        Args:
+            stopping: Asked now and then while files are read; StoppedError once it says so.
+        """
 
 
 class LabelFile:
     """A UTF-8 text file with one `path<TAB>label` a line, paths relative to its root.
 
-    A byte order mark and CRLF are accepted; empty lines are no samples.
+    A byte order mark and CRLF are accepted; empty lines are no samples. A line with more columns,
+    or of a file whose lines end with CR alone, is a bad sample.
     """
 
     def __init__(self, path: Path, root: Path, allow_outside_root: bool = False) -> None:
@@ -122,6 +135,8 @@ class LabelFile:
             raise DataError("line is not UTF-8") from error
         if not tab:
             raise DataError("line has no tab between path and label")
+        if "\t" in label or "\r" in label:
+            raise DataError(f"line has more than path and label: {label[:40]!r} has a tab or a CR")
         return path, label
 
     def name(self, index: int) -> str:
@@ -155,10 +170,11 @@ class LabelFile:
     def stamp(self) -> str:
         return _stamp(chain([self.path], (path for _, path in self._files())))
 
-    def digest(self) -> str:
+    def digest(self, stopping: Stopping = never) -> str:
         with self._from_its_start() as file:
             total = hashlib.file_digest(file, "sha256")
         for name, path in self._files():
+            _heed(stopping)
             total.update(name.encode())
             try:
                 total.update(hashlib.sha256(path.read_bytes()).digest())
@@ -225,9 +241,13 @@ class Lmdb:
     def stamp(self) -> str:
         return _stamp([self.path / "data.mdb"])
 
-    def digest(self) -> str:
+    def digest(self, stopping: Stopping = never) -> str:
+        total = hashlib.sha256()
         with (self.path / "data.mdb").open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(BLOCK):
+                _heed(stopping)
+                total.update(block)
+        return total.hexdigest()
 
 
 class Shards:
@@ -292,7 +312,7 @@ class Rendered:
     def stamp(self) -> str:
         return self.digest()
 
-    def digest(self) -> str:
+    def digest(self, stopping: Stopping = never) -> str:  # It is done at once.
         # Another FreeType draws other pixels, and so may other fonts, another Pillow or numpy.
         fonts = [sha256(path) for path in fonts_for(self.text.alphabet)]
         libraries = [features.version("freetype2"), PIL.__version__, np.__version__]
@@ -336,6 +356,11 @@ def _opened(path: Path) -> lmdb.Environment:
     if size < needed:
         raise DataError(f"LMDB at {path} is truncated: {size} of {needed} bytes; copy it again")
     return opened
+
+
+def _heed(stopping: Stopping) -> None:
+    if stopping():
+        raise StoppedError("stopped while the data was read")
 
 
 def _read(path: Path) -> bytes:

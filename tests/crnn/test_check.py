@@ -60,8 +60,12 @@ def test_good_samples_pass(label_folder: Path) -> None:
 def test_the_charset_of_the_training_labels(faulty: LabelFile, tmp_path: Path) -> None:
     assert set(training_charset(faulty).characters) >= {"1", "x"}
     (tmp_path / "none.txt").write_text("a.png\t\n")
-    with pytest.raises(DataError, match="no training label"):
+    with pytest.raises(DataError, match="of 1 training labels none has any character; is the data"):
         training_charset(LabelFile(tmp_path / "none.txt", tmp_path))
+    (tmp_path / "spaces.txt").write_text("a.png one\nb.png two\n")
+    fault = "of 2 training labels none .* is spaces.txt sample 1: line has no tab between"
+    with pytest.raises(DataError, match=fault):
+        training_charset(LabelFile(tmp_path / "spaces.txt", tmp_path))
 
 
 @given(st.text(alphabet="ab", max_size=12))

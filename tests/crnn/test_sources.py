@@ -35,11 +35,11 @@ def test_label_files_with_any_line_end_read_the_same(
     tmp_path: Path, encoding: str, newline: str, last: str
 ) -> None:
     path = tmp_path / "labels.txt"
-    text = "a.png\tone two\n\nb/c.png\t 京A\t".replace("\n", newline) + last.replace("\n", newline)
+    text = "a.png\tone two\n\nb/c.png\t 京A ".replace("\n", newline) + last.replace("\n", newline)
     path.write_bytes(text.encode(encoding))
     source = LabelFile(path, tmp_path)
     assert [source.name(i) for i in range(len(source))] == ["a.png", "b/c.png"]
-    assert [source.label(i) for i in range(len(source))] == ["one two", " 京A\t"]
+    assert [source.label(i) for i in range(len(source))] == ["one two", " 京A "]
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
@@ -78,6 +78,8 @@ def test_a_label_file_that_shrinks_under_a_reader_kills_nobody(tmp_path: Path) -
         (b"../a.png\tx", "leads out of data.root"),
         (b"/etc/passwd\tx", "leads out of data.root"),
         (b"a\0.png\tx", "NUL byte"),
+        (b"a.png\tx\t0.98", r"more than path and label: 'x\\t0.98' has a tab or a CR"),
+        (b"a.png\tx\rb.png\ty", "has a tab or a CR"),
         (b"x" * 10_000_000, "no tab"),
         (b"gone.png\tx", "cannot read image file"),
     ],

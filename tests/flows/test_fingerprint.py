@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from crnn.errors import StoppedError
 from flows import definitions
 from flows.experiment import load_experiment
 from tests.crnn.test_sources import write_lmdb
@@ -37,3 +38,15 @@ def test_of_a_set_in_shards_what_has_changed_is_read_alone(
     assert after != before
     write_lmdb(tmp_path / "root" / "shards" / "c", label_folder)
     assert read()[1] == 1
+
+
+@pytest.mark.parametrize("train", ["lines", "train.txt"])
+def test_the_first_look_at_the_samples_can_be_stopped(
+    train: str, label_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lmdb(label_folder / "lines", label_folder)
+    data = {"root": str(label_folder), "train": train, "val": 8}
+    project = new_project(tmp_path / "project", data=data)
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    with pytest.raises(StoppedError, match="stopped while the data was read"):
+        definitions.data_stage(load_experiment(project.params), lambda: True)
