@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
@@ -48,6 +49,16 @@ def _address(text: str) -> str:
     labels = all(re.fullmatch(r"[A-Za-z0-9_-]{1,63}", label) for label in host.split("."))
     if not (labels and re.fullmatch(r"[1-9][0-9]{0,4}", port) and int(port) < 2**16):
         raise ValueError(f"rendezvous is host:port, such as first.example:29400, not {text!r}")
+    return text
+
+
+def _command(text: str) -> str:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"the command's quotes do not match ({error})") from error
+    if not words:
+        raise ValueError("a command has at least one word")
     return text
 
 
@@ -128,7 +139,7 @@ class NotifySettings(Settings):
     command gets it on standard input; webhook, an address, by POST.
     """
 
-    command: Annotated[str, Field(min_length=1)] | None = None
+    command: Annotated[str, AfterValidator(_command)] | None = None
     webhook: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
 
@@ -194,11 +205,13 @@ class Experiment(Settings):
             raise ValueError("baseline.distill needs a teacher section, and there is none")
         if self.baseline.distill and self.baseline.epochs == 0:
             raise ValueError("baseline.distill needs epochs to learn in, and baseline.epochs is 0")
-        taught = (self.baseline.distill, self.sparse.distill, self.finetune.distill)
-        if self.teacher and not any(taught):
+        taught_baseline = self.baseline.distill and self.sparse.from_baseline
+        taught_finetune = self.finetune.distill and self.finetune.epochs
+        if self.teacher and not (taught_baseline or self.sparse.distill or taught_finetune):
             raise ValueError(
-                "the teacher teaches nobody: set baseline.distill, sparse.distill or"
-                " finetune.distill, or leave out the section"
+                "the teacher teaches no network that is cut: set sparse.distill or"
+                " finetune.distill, or baseline.distill with sparse.from_baseline, or leave out"
+                " the section"
             )
         return self
 
@@ -215,6 +228,8 @@ class Experiment(Settings):
                 f"controls.small needs a width factor, which {VGG13} alone has; model.backbone is"
                 f" {self.model.backbone}"
             )
+        if self.controls.ratios and not (self.controls.scratch or self.controls.small):
+            raise ValueError("controls.ratios needs controls.scratch or controls.small to be true")
         if (self.controls.scratch or self.controls.small) and not self.ratios:
             raise ValueError("controls belong to ratios, and this experiment has targets alone")
         return self
@@ -244,11 +259,8 @@ def load_experiment(
         raise SettingsError(f"cannot read params file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"params file {path} is not UTF-8") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"params file {path} is not YAML: {reason}") from error
-    except RecursionError as error:
-        raise SettingsError(f"params file {path} is nested too deeply") from error
+    except NOT_YAML as error:
+        raise SettingsError(f"params file {path} is not YAML: {_reason(error)}") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"params file {path} must hold sections like `data:`, not {tree!r}")
     for override in overrides:
@@ -276,11 +288,17 @@ PLAIN = {
 }
 """What YAML 1.2 takes for these, where YAML 1.1, which PyYAML reads, takes more."""
 
+NO_DATES = "tag:yaml.org,2002:timestamp"
+"""A date is text: no setting is one."""
+
+NOT_YAML = (yaml.YAMLError, ValueError, IndexError, RecursionError)
+"""What PyYAML raises; the last three where a value is not of its tag, as in `!!int abc`."""
+
 UNION_MEMBERS = ("str", "constrained-int", "literal['auto']", "int")
 
 
 class _PlainYaml(yaml.SafeLoader):
-    """YAML without surprises: no key twice, no alias, no `yes` for true and no `010` for 8."""
+    """YAML without surprises: no key twice, no alias or date, no `yes` for true, no `010` for 8."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -301,7 +319,7 @@ class _PlainYaml(yaml.SafeLoader):
 
 
 _PlainYaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in PLAIN]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*PLAIN, NO_DATES)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern in PLAIN.items():
@@ -319,9 +337,15 @@ def _set(tree: dict[str, Any], override: str) -> None:
             raise SettingsError(f"--set {override}: {section!r} is a value, not a section")
     try:
         tree[key] = yaml.load(text, Loader=_PlainYaml)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+    except NOT_YAML as error:
+        reason = _reason(error)
         raise SettingsError(f"--set {override}: the value is not YAML: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split())
 
 
 def _explain(errors: Sequence[ErrorDetails]) -> str:

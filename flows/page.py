@@ -161,9 +161,9 @@ def _curves(rows: Sequence[Row], base: Path | None, sparse: Path | None) -> dict
     """Accuracy and loss after each epoch of every training, by what it is called."""
     folders = {"baseline": base, "sparse": sparse}
     for row in rows[1:]:
-        stage = row.get("control", "finetune")
         if "int8" not in row:
-            folders[row["point"]] = _folder(row, stage)
+            last = _folder(row, "qat") or _folder(row, row.get("control", "finetune"))
+            folders[row["point"]] = last
     found = {}
     for name, folder in folders.items():
         if folder and (records := cache.history(folder)):
@@ -218,6 +218,6 @@ def _texts(experiment: Experiment, rows: Sequence[Row], computed: Sequence[str])
 
 
 def _summary(row: Row) -> str:
-    folder = _folder(row, "prune") or _folder(row, "baseline")
+    folder = _folder(row, row.get("control", "prune")) or _folder(row, "baseline")
     path = folder / SUMMARY if folder else None
     return path.read_text(encoding="utf-8") if path and path.exists() else ""

@@ -36,6 +36,7 @@ from flows.running import Context, bring, parallel_finetunes
 from flows.server import is_own
 from flows.tracking import Tracker
 from flows.views import FRONTIER, page_of_view
+from pruning.settings import SparseSettings
 
 UI = "http://127.0.0.1:5000"
 """Where `crnn-slim ui` serves MLflow."""
@@ -109,6 +110,7 @@ def _run(context: Context) -> Frontier:
     """Sweep by the runner that the experiment names, and tell of a failure whom it names."""
     experiment = context.experiment
     _warn_beyond_target(experiment)
+    _warn_of_what_does_not_count(experiment)
     try:
         definitions.open_sources(experiment)  # Of a scheduled run nobody has looked at them yet.
         store.use(experiment.execution.store)
@@ -149,6 +151,22 @@ def _warn_beyond_target(experiment: Experiment) -> None:
         display.say(
             f"ratio {beyond} is above sparse.target_ratio {target:g}: live channels will go, and"
             " what they do is lost as far as fine-tuning does not regain it"
+        )
+
+
+def _warn_of_what_does_not_count(experiment: Experiment) -> None:
+    """Say which of the settings have no effect, or not all that one would think."""
+    sparse, controls = experiment.sparse, experiment.controls
+    default = SparseSettings.model_fields["target_ratio"].default
+    if sparse.method != "auto" and sparse.target_ratio != default:
+        display.say(
+            f"sparse.target_ratio {sparse.target_ratio:g} is not used: of {sparse.method} the"
+            " strength decides how many channels come near zero"
+        )
+    if (controls.scratch or controls.small) and (trained := definitions.checkpoints(experiment)):
+        display.say(
+            f"the controls get less than slimming had: what went into {' and '.join(trained)}"
+            " before is not known, and not counted"
         )
 
 

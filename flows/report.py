@@ -14,7 +14,7 @@ import numpy as np
 from crnn.files import write_atomic
 from flows.comparison import accuracy, comparisons
 from flows.listing import ROWS
-from flows.rows import ACCURACY, INT8, OVER_TORCH, Row
+from flows.rows import ACCURACY, BASELINE, INT8, OVER_TORCH, Row, base_point
 
 if TYPE_CHECKING:  # The pipeline's own process does without torch.
     from pruning.readiness import Readiness
@@ -184,7 +184,7 @@ def axes_of(rows: Sequence[Row]) -> dict[str, str]:
 def _kind(row: Row) -> str:
     if "int8" in row:
         return "int8"
-    uncut = row["point"].split()[-1] == "baseline"
+    uncut = base_point(row["point"]).split()[-1] == BASELINE
     return str(row.get("control", "baseline" if uncut else "slimmed"))
 
 

@@ -1,5 +1,6 @@
 """What a network costs: parameters, multiply-adds, bytes, milliseconds."""
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from statistics import median
@@ -107,7 +108,8 @@ def out_of_reach(kind: str, value: float, nearest: float, ratio: float) -> Setti
         nearest: The least that a cut costs.
         ratio: Of that cut.
     """
+    reachable = math.ceil(1000 * nearest) / 1000
     return SettingsError(
-        f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is"
-        f" {round(nearest, 3):,.10g}, at ratio {ratio:g}, the largest that the floors allow"
+        f"prune.targets.{kind} {value:,.10g} is out of reach; the nearest is {reachable:,.10g},"
+        f" at ratio {ratio:g}, the largest that the floors allow"
     )

@@ -9,10 +9,11 @@ import copy
 from bisect import bisect_right
 
 import torch
+from torch import nn
 
 from crnn.checkpoint import load_checkpoint
-from crnn.networks.recogniser import Recogniser, expect_blanks, initialise
-from crnn.settings import ModelSettings, TrainSettings
+from crnn.networks.recogniser import Recogniser, expect_blanks, initialise, two_layer_head
+from crnn.settings import TrainSettings
 from flows.cache import MODEL
 from flows.stages.training import train
 from flows.stages.work import Outcome, Work
@@ -31,10 +32,8 @@ def scratch(work: Work) -> Outcome:
 def small(work: Work) -> Outcome:
     """Train an uncut network with about as many parameters as a cut one, all layers narrower."""
     pruned = load_checkpoint(work.input("prune")).model
-    settings = small_settings(pruned)
-    torch.manual_seed(work.settings["seed"])
-    model = Recogniser(settings, pruned.classes)
-    return MODEL, {**_train_control(work, pruned, model), "control/width": settings.width}
+    model = fresh(as_small(pruned), work.settings["seed"])
+    return MODEL, {**_train_control(work, pruned, model), "control/width": model.settings.width}
 
 
 def _train_control(work: Work, pruned: Recogniser, model: Recogniser) -> dict[str, float]:
@@ -71,35 +70,43 @@ def epochs_for(total: float, macs_of_control: int) -> int:
     return max(1, round(total / macs_of_control))
 
 
-def small_settings(pruned: Recogniser) -> ModelSettings:
-    """Of the uncut network as small: the hidden units of the cut one, and the width that is left.
+def as_small(pruned: Recogniser) -> Recogniser:
+    """An uncut network as small: LSTM and head like the cut one's, and the width that is left.
 
-    With all of the units, little or nothing would be left for the channels of such a rival.
+    With the uncut LSTM or head, little or nothing would be left for the channels of such a rival.
     """
-    settings = pruned.settings.model_copy(update={"hidden": pruned.rnn.hidden_size})
-    width = width_for(parameters(pruned)["total"], settings, pruned.classes)
-    return settings.model_copy(update={"width": width})
+    width = width_for(parameters(pruned)["total"], pruned)
+    return uncut_like(pruned, width)
 
 
-def width_for(count: int, settings: ModelSettings, classes: int) -> float:
-    """The largest width factor, up to that of the settings, with at most so many parameters.
+def width_for(count: int, pruned: Recogniser) -> float:
+    """The largest width factor, up to the cut network's own, with at most so many parameters.
 
     Where one channel a layer is too many already, the smallest width.
 
     Args:
         count: Parameters.
-        settings: The family; all but the width is kept.
-        classes: Classes of the head.
+        pruned: Whose LSTM and head the network is to have.
     """
 
     def size(step: int) -> int:
-        narrow = settings.model_copy(update={"width": step / WIDTH_STEPS})
         with torch.device("meta"):  # It is counted, not run.
-            return parameters(Recogniser(narrow, classes))["total"]
+            return parameters(uncut_like(pruned, step / WIDTH_STEPS))["total"]
 
-    steps = range(1, round(settings.width * WIDTH_STEPS) + 1)
+    steps = range(1, round(pruned.settings.width * WIDTH_STEPS) + 1)
     # A wider network never has fewer parameters.
     return max(1, bisect_right(steps, count, key=size)) / WIDTH_STEPS
+
+
+def uncut_like(pruned: Recogniser, width: float) -> Recogniser:
+    """A network with all channels of that width factor, and LSTM and head like the cut one's."""
+    hidden = pruned.rnn.hidden_size
+    settings = pruned.settings.model_copy(update={"width": width, "hidden": hidden})
+    model = Recogniser(settings, pruned.classes)
+    if isinstance(pruned.head, nn.Sequential):
+        rank = len(next(pruned.head.parameters()))
+        model.head = two_layer_head(2 * hidden, rank, pruned.classes)
+    return model
 
 
 def fresh(model: Recogniser, seed: int) -> Recogniser:

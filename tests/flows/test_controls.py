@@ -11,15 +11,15 @@ import torch
 
 from crnn.checkpoint import load_checkpoint
 from crnn.metrics import wilson_interval
-from crnn.networks.recogniser import Recogniser
+from crnn.networks.recogniser import Recogniser, two_layer_head
 from crnn.networks.vgg import CHANNELS
-from crnn.settings import ModelSettings
-from flows.cache import Manifest
+from crnn.settings import ExportSettings, ModelSettings
+from flows.cache import SUMMARY, Manifest
 from flows.comparison import comparisons
-from flows.definitions import control_stage
+from flows.definitions import control_stage, export_stage
 from flows.experiment import Experiment
 from flows.report import table_cells
-from flows.stages.controls import epochs_for, fresh, small_settings, width_for
+from flows.stages.controls import as_small, epochs_for, fresh, width_for
 from pruning.cost import parameters
 from pruning.gammas import absolute_gammas, norms_of
 from pruning.selection import keep_masks
@@ -76,7 +76,7 @@ def test_the_width_found_is_the_largest_of_all_with_few_enough_parameters(
     count: int, width: float
 ) -> None:
     settings = ModelSettings(width=width, hidden=8)
-    found = width_for(count, settings, 11)
+    found = width_for(count, Recogniser(settings, 11))
     steps = [step / 10_000 for step in range(1, round(10_000 * width) + 1)]
     fitting = [step for step in steps if parameters_of(step, 8, 11) <= count]
     assert found == max(fitting, default=0.0001)
@@ -84,15 +84,25 @@ def test_the_width_found_is_the_largest_of_all_with_few_enough_parameters(
     assert parameters(model)["total"] == parameters_of(found, 8, 11)
 
 
-def test_a_small_network_has_as_few_hidden_units_as_the_cut_one() -> None:
+@pytest.mark.parametrize("head_rank", [None, 2])
+def test_a_small_network_has_lstm_and_head_like_the_cut_one(head_rank: int | None) -> None:
     model = random_recogniser(width=0.2)
     gammas = absolute_gammas(model)
-    settings = PruneSettings(lstm_ratio=0.5)
+    settings = PruneSettings(lstm_ratio=0.5, head_rank=head_rank)
     pruned = slim(model, keep_masks(gammas, 0.5, settings), settings)
-    found = small_settings(pruned)
-    assert found.hidden == pruned.rnn.hidden_size == 4
-    count = parameters(Recogniser(found, pruned.classes))["total"]
+    found = as_small(pruned)
+    assert found.rnn.hidden_size == found.settings.hidden == pruned.rnn.hidden_size == 4
+    assert [p.shape for p in found.head.parameters()] == [p.shape for p in pruned.head.parameters()]
+    count = parameters(found)["total"]
     assert 0.95 * parameters(pruned)["total"] < count <= parameters(pruned)["total"]
+
+
+def test_a_small_network_is_as_small_beside_the_cut_head_of_many_classes() -> None:
+    pruned = Recogniser(ModelSettings(width=0.1, hidden=8), 3000)
+    pruned.head = two_layer_head(16, 2, 3000)
+    found = as_small(pruned)
+    assert found.settings.width == 0.1, "nothing of the channels was cut"
+    assert parameters(found) == parameters(pruned)
 
 
 def test_a_network_from_scratch_has_the_weights_of_a_new_one() -> None:
@@ -152,6 +162,11 @@ def test_controls_are_reported_recorded_kept_and_cached(controlled: Finished) ->
     sentences = comparisons(result["rows"])
     assert len(sentences) == 1
     assert sentences[0] in (Path(result["report"]) / "frontier.md").read_text()
+    page = (Path(result["report"]) / "report.html").read_text(encoding="utf-8")
+    details = json.loads(page.split('type="application/json">')[1].split("</script>")[0])["details"]
+    for point in ("scratch 0.3", "small 0.3"):
+        folder = project.home / "stages" / project.manifests()[point]["key"]
+        assert details[f"layers of {point}"] == (folder / SUMMARY).read_text(encoding="utf-8")
     again = project.run("frontier", str(project.params)).stdout
     assert "everything was cached" in again
     assert sentences[0] in again
@@ -212,6 +227,28 @@ def test_what_has_no_prune_ratio_is_shown_without_one() -> None:
     assert dict(zip(header, cells, strict=True))["cut"] == "-"
 
 
+PRUNED = Manifest(
+    key="prune-1",
+    stage="prune",
+    label="prune 0.3",
+    result="model",
+    files={"model": {"sha256": "0"}},
+    metrics={},
+    settings={"basis_points": 3000},
+    inputs={},
+    run_id=None,
+    seconds=0,
+)
+
+
+@pytest.mark.parametrize(("kind", "ratio"), [("scratch", 0.3), ("small", None)])
+def test_the_file_of_a_network_that_was_not_cut_names_no_ratio(
+    kind: str, ratio: float | None
+) -> None:
+    stages = dict.fromkeys(("data", "baseline", "sparse", "prune", kind), PRUNED)
+    assert export_stage(ExportSettings(), stages).settings["of"].get("ratio") == ratio
+
+
 @pytest.mark.parametrize(
     ("changes", "epochs"),
     [
@@ -219,6 +256,13 @@ def test_what_has_no_prune_ratio_is_shown_without_one() -> None:
         ({"sparse": {"epochs": 4, "distill": 0}}, {"uncut_epochs": 6, "taught_epochs": 0}),
         ({"finetune": {"epochs": 3, "distill": 1}}, {"taught_epochs": 7, "cut_epochs": 3}),
         ({"sparse": {"epochs": 4, "from_baseline": False}}, {"uncut_epochs": 4}),
+        (
+            {
+                "sparse": {"epochs": 4, "from_baseline": False},
+                "finetune": {"epochs": 1, "distill": 1},
+            },
+            {"uncut_epochs": 6, "taught_epochs": 1},
+        ),
         (
             {"teacher": {"epochs": 5}, "baseline": {"epochs": 2, "distill": 1}},
             {"uncut_epochs": 6, "taught_epochs": 6, "teacher_epochs": 5},
@@ -229,19 +273,7 @@ def test_a_control_counts_all_that_was_trained_and_who_read_along(
     changes: dict[str, Any], epochs: dict[str, int]
 ) -> None:
     experiment = Experiment.model_validate({**TINY, **changes})
-    pruned = Manifest(
-        key="prune-1",
-        stage="prune",
-        label="prune 0.3",
-        result="model",
-        files={"model": {"sha256": "0"}},
-        metrics={},
-        settings={"basis_points": 3000},
-        inputs={},
-        run_id=None,
-        seconds=0,
-    )
-    upstream = dict.fromkeys(("data", "baseline", "prune", "teacher"), pruned)
+    upstream = dict.fromkeys(("data", "baseline", "prune", "teacher"), PRUNED)
     stage = control_stage(experiment, "scratch", upstream, 0)
     assert {name: stage.settings[name] for name in epochs} == epochs
     assert "distill" not in stage.settings["train"]

@@ -64,6 +64,12 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
         ("seed", r"takes section.key=value; 'seed' has no '='"),
         ("name.x=1", r"'name' is a value, not a section"),
         ("seed=[", r"the value is not YAML"),
+        ("seed=!!int abc", r"the value is not YAML: invalid literal for int"),
+        ("seed=!!int ''", r"the value is not YAML"),
+        ("seed=" + "[" * 5000, r"the value is not YAML: it is nested too deeply"),
+        ("seed=2024-13-45", r"seed: .*integer.*not '2024-13-45'"),
+        ("notify.command=' '", r"notify.command: a command has at least one word, not ' '"),
+        ('notify.command="it\'s"', r"notify.command: the command's quotes do not match"),
         ("prune.targets.params=0", r"prune.targets.params: .*greater than 0, not 0"),
         ("prune.targets.size=2", r"unknown key 'prune.targets.size'; did you mean 'size_mb'"),
         ("seeds=[]", r"seeds: .*at least 1 item.*not \[\]"),
@@ -72,6 +78,7 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
         ("controls.scrach=true", r"unknown key 'controls.scrach'; did you mean 'scratch'"),
         ("controls.ratios=[0.3, 0.7]", r"among the experiment's ratios \(0.3, 0.6\); 0.7 is not$"),
         ("controls.ratios=[0.12345]", r"at most four decimals"),
+        ("controls.ratios=[0.3]", r"controls.ratios needs controls.scratch or controls.small"),
         ("prune.lstm_ratio=1", r"prune.lstm_ratio: .*less than 1, not 1"),
         ("prune.head_rank=0", r"prune.head_rank: .*greater than or equal to 1, not 0"),
         ("model.backbone=MobileNetV3-small_100", r"did you mean mobilenetv3_small_100\?"),
@@ -95,13 +102,21 @@ def test_each_mistake_in_a_setting_is_one_sentence(tiny: Path, override: str, me
 
 
 def test_a_number_is_what_it_looks_like(tiny: Path) -> None:
+    dated = load_experiment(tiny, ["data.licence=2024-01-01"])
+    assert dated.data.licence == "2024-01-01"
     given = load_experiment(tiny, ["seed=010", "data.train=12_000", "prune.compensate=no"])
     assert (given.seed, given.data.train, given.prune.compensate) == (10, 12_000, False)
 
 
 def test_a_teacher_has_somebody_to_teach_and_time_for_it(tiny: Path) -> None:
-    with pytest.raises(SettingsError, match="the teacher teaches nobody"):
+    with pytest.raises(SettingsError, match="the teacher teaches no network that is cut"):
         load_experiment(tiny, ["teacher={epochs: 1}", "sparse.distill=0"])
+    unheard = ["teacher={epochs: 1}", "sparse.distill=0", "finetune={epochs: 0, distill: 1}"]
+    with pytest.raises(SettingsError, match="the teacher teaches no network that is cut"):
+        load_experiment(tiny, unheard)
+    aside = ["sparse.from_baseline=false", "baseline.distill=1"]
+    with pytest.raises(SettingsError, match="the teacher teaches no network that is cut"):
+        load_experiment(tiny, [*unheard[:2], *aside])
     own = ["baseline={checkpoint: a, epochs: 0, distill: 1}", "teacher={epochs: 1}"]
     with pytest.raises(SettingsError, match="needs epochs to learn in"):
         load_experiment(tiny, own)

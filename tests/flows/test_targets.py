@@ -1,6 +1,7 @@
 """Ratios that are found from a wish for size or speed."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from crnn.checkpoint import load_checkpoint
 from crnn.errors import SettingsError
 from flows.stages.sparse import free_ratio, plan
 from flows.stages.targets import ratio_for
-from pruning.cost import COSTS
+from pruning.cost import COSTS, out_of_reach
 from pruning.gammas import absolute_gammas
 from pruning.readiness import live_removed
 from pruning.settings import PruneSettings
@@ -130,6 +131,13 @@ def test_a_target_out_of_reach_is_refused_with_the_nearest(index: Path) -> None:
     rule = r"prune.targets.params 10 is out of reach; the nearest is [\d,]+, at ratio 0.4"
     with pytest.raises(SettingsError, match=rule):
         ratio_for(index, "params", 10, half)
+
+
+@pytest.mark.parametrize("nearest", [0.323004, 0.55942, 0.152108, 0.5, 12.0004])
+def test_the_nearest_that_a_refusal_names_is_within_reach(nearest: float) -> None:
+    text = str(out_of_reach("size_mb", 0.1, nearest, 0.9))
+    named = float(re.findall(r"the nearest is ([\d.]+),", text)[0])
+    assert nearest <= named < nearest + 0.001
 
 
 def test_each_target_is_a_point_of_the_frontier(finished: Finished, tmp_path: Path) -> None:
