@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from crnn.files import sha256, sync_folder, write_atomic
+from crnn.files import sha256, sync, write_atomic
 from flows import project, store
 
 MANIFEST = "manifest.json"
@@ -173,7 +173,7 @@ def _fetched(key: str, content: bytes, log: Callable[[str], None]) -> Manifest |
             project.set_aside(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh.rename(folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(fresh.parent, ignore_errors=True)
     return manifest
@@ -258,11 +258,13 @@ def publish(
         run_id=run_id,
         **outcome,
     )
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
     write_atomic(folder / MANIFEST, _sealed(manifest))
     target = project.stages_folder() / stage.key
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
     return _share(manifest, log) if store.is_shared() else manifest
 
 

@@ -1,6 +1,7 @@
 """The command line. Heavy libraries are imported by the command that needs them."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -385,11 +386,12 @@ def schedule(
     definitions.open_sources(experiment)
     project.configure_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with servers.prefect() as address:
-        os.environ["PREFECT_API_URL"] = f"{address}/api"
+    with servers.prefect() as api:
+        os.environ["PREFECT_API_URL"] = api
         from flows.schedule import serve
 
-        print(f"{experiment.name} runs at {', '.join(cron)} ({timezone}), on {address}")
+        page = api.removesuffix("/api")
+        print(f"{experiment.name} runs at {', '.join(cron)} ({timezone}), on {page}")
         print(
             "its settings can be changed there, and a run be started; Ctrl-C ends this", flush=True
         )
@@ -465,6 +467,8 @@ def _print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # A name need not be UTF-8.
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:

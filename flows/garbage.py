@@ -1,12 +1,16 @@
 """What the state folder holds that nobody refers to any more."""
 
 import json
+import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from crnn.errors import UserError
@@ -143,17 +147,21 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    """Of the folder and its files; what a pipeline takes away meanwhile is passed over."""
+    files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    for path in chain([folder], files):
+        with suppress(FileNotFoundError):
+            yield path.stat()
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in _files(folder))
+    return sum(stat.st_size for stat in _stats(folder) if S_ISREG(stat.st_mode))
 
 
 def _used(folder: Path) -> float:
-    """When it was last written to or taken from the cache, seconds."""
-    return max(path.stat().st_mtime for path in [folder, *_files(folder)])
+    """When it was last written to or taken from the cache, seconds; now if it has just gone."""
+    return max((stat.st_mtime for stat in _stats(folder)), default=time.time())
 
 
 def _oldest_use(days: float) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,20 @@ def _sweep(path: Path) -> dict[str, Any]:
 def stages_under_way() -> Iterator[dict[str, Any]]:
     """Stages that are being computed, or that were stopped and go on with the next run."""
     for path in sorted(project.work_folder().glob("*/job.json")):
-        try:
-            job = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # It ends, or begins, in this instant.
-        yield {
-            "stage": job.get("label", job["stage"]),
-            "key": path.parent.name,
-            "state": "stopped" if is_free(path.parent.name) else "running",
-            "epochs": len(history(path.parent / "out")),
-            "of": job["settings"].get("train", {}).get("epochs"),
-            "since": _when(path),
-        }
+        with suppress(OSError, ValueError):  # It ends, or begins, in this instant.
+            yield _stage_under_way(path)
+
+
+def _stage_under_way(path: Path) -> dict[str, Any]:
+    job = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "stage": job.get("label", job["stage"]),
+        "key": path.parent.name,
+        "state": "stopped" if is_free(path.parent.name) else "running",
+        "epochs": len(history(path.parent / "out")),
+        "of": job["settings"].get("train", {}).get("epochs"),
+        "since": _when(path),
+    }
 
 
 def _when(path: Path) -> str:

@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from crnn.errors import StoppedError
@@ -94,8 +94,13 @@ def unless_held(key: str) -> Iterator[bool]:
 
 def held_since(pattern: str) -> list[float]:
     """When the holders of the locks with such names took them, seconds."""
-    locks = project.locks_folder().glob(f"{pattern}.lock")
-    return [path.stat().st_mtime for path in locks if not is_free(path.stem)]
+    found = []
+    for path in project.locks_folder().glob(f"{pattern}.lock"):
+        with suppress(FileNotFoundError):  # It was let go in this instant.
+            taken = path.stat().st_mtime
+            if not is_free(path.stem):
+                found.append(taken)
+    return found
 
 
 @contextmanager

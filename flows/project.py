@@ -97,6 +97,11 @@ def configure_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")).split(",")
+    if "*" not in hosts:
+        # A proxy cannot reach the servers that we start on this machine.
+        direct = ",".join(dict.fromkeys([*filter(None, hosts), "127.0.0.1", "localhost"]))
+        os.environ.update(no_proxy=direct, NO_PROXY=direct)
 
 
 @cache

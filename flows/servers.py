@@ -102,16 +102,16 @@ def serving(mlflow_port: int, prefect_port: int) -> Iterator[Servers]:
 
 @contextmanager
 def prefect() -> Iterator[str]:
-    """Address of a Prefect server that can schedule: one that is there, or one of our own."""
+    """API of a Prefect server that can schedule: of one that is there, or of one of our own."""
     if named := os.environ.get("PREFECT_API_URL"):
-        yield named.removesuffix("/api")
+        yield named
         return
     if there := _started():
-        yield there.prefect
+        yield f"{there.prefect}/api"
         return
     ports = [port if port_is_free(port) else _free_port() for port in (MLFLOW_PORT, PREFECT_PORT)]
     with serving(*ports) as servers:
-        yield servers.prefect
+        yield f"{servers.prefect}/api"
 
 
 def _started() -> Servers | None:

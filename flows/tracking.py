@@ -408,8 +408,8 @@ def deleted_and_registered() -> tuple[set[str], set[str]]:
         TrackingError: MLflow cannot be reached.
     """
     create_store()
-    client = MlflowClient()
     try:
+        client = MlflowClient()
         everywhere = [e.experiment_id for e in client.search_experiments(ViewType.ALL)]
         sweeps = client.search_runs(
             everywhere, "tags.kind = 'sweep'", ViewType.ALL, max_results=50_000
@@ -458,7 +458,7 @@ def download(uri: str) -> Path:
     atexit.register(folder.cleanup)
     try:
         return Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder.name))
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # A damaged store is an error of SQLAlchemy's.
         raise CheckpointError(f"MLflow gives no artifact at {uri}: {_reason(error)}") from error
 
 

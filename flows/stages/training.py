@@ -1,5 +1,6 @@
 """The stages that train: baseline, fine-tune and, in sparse.py, sparse. Arguments alone differ."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -202,5 +203,6 @@ def _save_gammas(out: Path, model: Recogniser, epoch: int) -> None:
         name: gamma.float().cpu().numpy()
         for name, gamma in zip(widths(model), absolute_gammas(model), strict=True)
     }
-    (out / GAMMAS).mkdir(exist_ok=True)
-    np.savez(out / GAMMAS / f"epoch-{epoch:04d}.npz", **arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomic(out / GAMMAS / f"epoch-{epoch:04d}.npz", buffer.getvalue())

@@ -1,6 +1,8 @@
 """The command line as a user meets it: what it prints, and its exit codes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -208,6 +210,20 @@ def test_predict_reads_files_and_folders(finished: Finished, pictures: Path) -> 
     assert "not read:" in every.stderr
 
 
+def test_predict_goes_on_behind_a_file_name_that_is_not_utf_8(
+    finished: Finished, pictures: Path, tmp_path: Path
+) -> None:
+    project, result = finished
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for name in (b"1\xe9.png", b"2.png"):
+        shutil.copy(pictures / "3.png", os.fsencode(folder) + b"/" + name)
+    strict = Project(project.folder, {"PYTHONIOENCODING": "utf-8:strict"})
+    model = str(project.home / result["rows"][1]["checkpoint"])
+    lines = strict.run("predict", model, str(folder)).stdout.splitlines()
+    assert [Path(line.split("\t")[0]).name for line in lines] == ["1\\udce9.png", "2.png"]
+
+
 def test_predict_reads_with_a_model_out_of_mlflow(finished: Finished, pictures: Path) -> None:
     project = finished[0]
     run = runs_of(project, "stage")["finetune 0.3"].info.run_id
@@ -239,6 +255,38 @@ def test_predict_refuses_what_it_cannot_read(
     }
     filled = [argument.format(**places) for argument in arguments]
     assert message in only_line(project.run("predict", *filled, code=2))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("gc",), "MLflow cannot be reached ((sqlite3.DatabaseError) file is not a database"),
+        (("predict", "models:/a@champion", "a.png"), "MLflow gives no artifact at models:/a@"),
+    ],
+)
+def test_a_damaged_store_of_mlflow_is_one_sentence(
+    tmp_path: Path, command: tuple[str, ...], message: str
+) -> None:
+    project = new_project(tmp_path)
+    project.database.write_bytes(b"no database " * 1000)
+    assert message in only_line(project.run(*command, code=2))
+
+
+def test_settings_without_effect_are_said_before_anything_is_trained(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = new_project(tmp_path, prune={"targets": {"params": 10}})
+    own = finished[0].home / finished[1]["rows"][0]["checkpoint"]
+    said = project.run(
+        "frontier",
+        str(project.params),
+        *("--set", "sparse={epochs: 1, method: proximal, strength: 0.1, target_ratio: 0.5}"),
+        *("--set", f"baseline={{epochs: 0, checkpoint: {own}}}"),
+        *("--set", "controls.scratch=true"),
+        code=2,
+    ).stderr
+    assert "sparse.target_ratio 0.5 is not used: of proximal the strength decides" in said
+    assert f"the controls get less than slimming had: what went into {own} before is not" in said
 
 
 def test_convert_sroie_cuts_lines_that_check_data_accepts(tmp_path: Path) -> None:

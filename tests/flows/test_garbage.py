@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from flows.garbage import garbage, remove
-from flows.locks import single_flight
+from flows.locks import is_free, single_flight
 from tests.flows.conftest import Project, client_of, copy_of, runs_of
 
 Finished = tuple[Project, dict[str, Any]]
@@ -140,6 +141,22 @@ def test_what_is_used_while_others_are_removed_stays(
     assert not idle.exists()
     assert resumed.is_dir()
     assert held.is_dir()
+
+
+def test_what_goes_while_it_is_looked_at_is_no_garbage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(tmp_path))
+    folders = [tmp_path / "work" / f"sparse-{n * 20}" for n in "12"]
+    for folder in folders:
+        old_folder(folder)
+
+    def ends(name: str) -> bool:
+        shutil.rmtree(folders[0], ignore_errors=True)
+        return is_free(name)
+
+    monkeypatch.setattr("flows.garbage.is_free", ends)
+    assert [item.path for item in garbage(7, set(), set())] == folders[1:]
 
 
 def test_what_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ def wait_until_said(log: Path, words: str, process: subprocess.Popen[str]) -> No
 def test_up_serves_both_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL")
     project = new_project(tmp_path / "project", fresh=True)
+    # Nothing on this machine is asked of a proxy: there is none at this address.
+    project.environment = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "example"}
     mlflow, prefect = free_port(), free_port()
     ports = ["--mlflow-port", str(mlflow), "--prefect-port", str(prefect)]
     server = started(project, "up", *ports, log=tmp_path / "log")
@@ -248,7 +250,14 @@ def test_servers_that_are_starting_are_waited_for(monkeypatch: pytest.MonkeyPatc
         record = json.dumps({"mlflow": address, "prefect": address})
         threading.Timer(1, (state.home() / "servers.json").write_text, [record]).start()
         with servers.prefect() as found:
-            assert found == address
+            assert found == f"{address}/api"
+
+
+def test_an_address_that_was_given_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud = "https://prefect.example/api/accounts/1/workspaces/2"
+    monkeypatch.setenv("PREFECT_API_URL", cloud)
+    with servers.prefect() as found:
+        assert found == cloud
 
 
 LOSES_ITS_LEASE = """
