@@ -1,5 +1,7 @@
 """Mistakes a user can mend. The command line shows them as one sentence and exits with code 2."""
 
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """The rule that was broken, the value that broke it, and the mend, in one sentence."""
@@ -27,6 +29,15 @@ class PassingError(UserError):
 
 class StoppedError(UserError):
     """The pipeline was told to stop; finished epochs are kept."""
+
+
+Stopping = Callable[[], bool]
+"""Asked now and then by what takes long; once it says so, StoppedError is raised."""
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
 
 
 class NonFiniteLossError(UserError):

@@ -11,8 +11,8 @@ from typing import Any
 
 from crnn.charset import Charset
 from crnn.data import images
-from crnn.data.sources import Dataset, Shards, Stopping, never, open_source
-from crnn.errors import CheckpointError, PassingError, SettingsError
+from crnn.data.sources import Dataset, Shards, open_source
+from crnn.errors import CheckpointError, PassingError, SettingsError, Stopping, never
 from crnn.files import sha256, write_atomic
 from crnn.settings import (
     VGG13,

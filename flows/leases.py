@@ -17,7 +17,7 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-from crnn.errors import StoppedError
+from crnn.errors import StoppedError, Stopping
 from flows import store
 
 LEASE_SECONDS = 60
@@ -28,7 +28,7 @@ ASK_SECONDS = 2
 
 
 @contextmanager
-def lease(key: str, stopping: Callable[[], bool], say: Callable[[str], None]) -> Iterator[None]:
+def lease(key: str, stopping: Stopping, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lease on a stage; while another machine holds it, wait and say so.
 
     Without a store nothing is shared, and nothing is held.

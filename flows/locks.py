@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from crnn.errors import StoppedError
+from crnn.errors import StoppedError, Stopping, never
 from flows import project
 
 POLL_SECONDS = 0.25
@@ -20,14 +20,11 @@ POLL_SECONDS = 0.25
 FLOW = "flow-"
 """Before the run's id in the name of the lock that a pipeline holds while it runs."""
 
-Stopping = Callable[[], bool]
 Log = Callable[[str], None]
 
 
 @contextmanager
-def single_flight(
-    key: str, stopping: Stopping = lambda: False, log: Log = lambda _: None
-) -> Iterator[int]:
+def single_flight(key: str, stopping: Stopping = never, log: Log = lambda _: None) -> Iterator[int]:
     """Hold the key's lock; while another process holds it, wait and say for whom.
 
     The child that computes is given the descriptor and holds it too: the work folder never has

@@ -10,7 +10,7 @@ import os
 import weakref
 from bisect import bisect_right
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from io import BufferedReader
 from itertools import accumulate, chain
@@ -24,7 +24,7 @@ from PIL import Image, features
 
 from crnn.data.images import decode
 from crnn.data.render import VERSION, fonts_for, render_label, render_line
-from crnn.errors import DataError, StoppedError
+from crnn.errors import DataError, StoppedError, Stopping, never
 from crnn.files import sha256
 from crnn.settings import DataSettings, TextSettings
 
@@ -33,14 +33,6 @@ BLOCK = 1 << 24
 
 LINE = 512
 """Bytes that are read of a label file at once: more than most lines have."""
-
-
-Stopping = Callable[[], bool]
-
-
-def never() -> bool:
-    """Nobody asks to stop."""
-    return False
 
 
 class Source(Protocol):
