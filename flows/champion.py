@@ -170,7 +170,7 @@ def model_card(experiment: Experiment, row: Row, digest: str) -> str:
             f" {row['val/samples']:.0f} val lines",
             f"- File: {row['cost/onnx_bytes'] / 1e6:.2f} MB, sha256 {digest}",
             f"- Latency: {row['cost/onnx_latency_ms']:.2f} ms a line of 32 x 128 px, one CPU"
-            " thread, on the machine that made it",
+            f" thread, on {row['timed_on']}",
             f"- Data: train {data.train}, val {data.val}",
             f"- Licence of the data: {data.licence or 'not stated'}",
             "- Limits: single lines only; characters outside its charset are never read; lines are"

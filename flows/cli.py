@@ -441,10 +441,10 @@ def _print_json(value: object) -> None:
 
 def _print_frontier(title: str, rows: "list[Row]") -> None:
     from flows import report
-    from flows.comparison import comparisons
+    from flows.comparison import remarks
 
     _print_table(report.subject(title, rows), *report.table_cells(rows))
-    for sentence in comparisons(rows):
+    for sentence in remarks(rows):
         print(sentence)
 
 

@@ -1,9 +1,17 @@
-"""Whether slimming was worth it: each slimmed network against its controls, in a sentence."""
+"""What the table of a frontier does not say by itself, in sentences.
+
+Whether slimming was worth it, each slimmed network against its controls, and where it was timed.
+"""
 
 from collections.abc import Sequence
 
 from crnn.metrics import Estimate, difference_interval
 from flows.rows import ACCURACY, CONTROLS, Row
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """All sentences that belong under the table of a frontier."""
+    return [*comparisons(rows), *_where_timed(rows)]
 
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
@@ -20,6 +28,14 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
         if against:
             sentences.append(f"{point}: slimmed {accuracy(slimmed)}; {'; '.join(against)}.")
     return sentences
+
+
+def _where_timed(rows: Sequence[Row]) -> list[str]:
+    """CPU and runtimes; sweeps of earlier versions have none on record."""
+    places = list(dict.fromkeys(row["timed_on"] for row in rows if "timed_on" in row))
+    if len(places) > 1:
+        return [f"The latencies do not compare, they are of different places: {'; '.join(places)}."]
+    return [f"Timed on {place}." for place in places]
 
 
 def accuracy(row: Row) -> str:

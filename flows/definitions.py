@@ -314,11 +314,15 @@ def measure_stage(network: Variant) -> Stage:
 
 
 def latency_stage(experiment: Experiment, networks: Sequence[Variant], seed: int) -> Stage:
-    """All networks of a seed, timed side by side; seed is in the label alone."""
+    """All networks of a seed, timed side by side; seed is in the label alone.
+
+    The one stage with the machine in its key: its result is about that machine.
+    """
+    settings = {"timed_on": project.timing_ground()}
     trained = {f"{TRAINED} {n.point}": n.model for n in networks if not n.is_int8}
     exported = {f"{EXPORTED} {n.point}": n.exported for n in networks if n.exported}
     label = f"latency{of_seed(experiment, seed)}"
-    return Stage("latency", label, {}, {**trained, **exported}, VERSIONS["latency"])
+    return Stage("latency", label, settings, {**trained, **exported}, VERSIONS["latency"])
 
 
 def _files(network: Variant, names: list[str]) -> Upstream:

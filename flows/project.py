@@ -1,9 +1,12 @@
 """Where state lives, and what Prefect and MLflow are told before they are imported."""
 
 import os
+import platform
 import subprocess
 import time
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
@@ -117,6 +120,21 @@ def git_commit() -> str:
         return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def processor() -> str:
+    """What the CPU calls itself, where Linux says so."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    return platform.processor()
+
+
+def timing_ground() -> str:
+    """What a latency depends on besides the network: CPU and runtimes, as a person reads it."""
+    runtimes = (f"{name} {version(name)}" for name in ("torch", "onnxruntime"))
+    return ", ".join((processor(), *runtimes))
 
 
 def _git(folder: Path, *arguments: str) -> str:

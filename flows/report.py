@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crnn.files import write_atomic
-from flows.comparison import accuracy, comparisons
+from flows.comparison import accuracy, remarks
 from flows.listing import ROWS
 from flows.rows import ACCURACY, BASELINE, INT8, OVER_TORCH, Row, base_point
 
@@ -110,7 +110,7 @@ def _markdown(rows: Sequence[Row]) -> bytes:
     tables = [
         table for table in ((header, cells), cut_cells(rows), latency_cells(rows)) if table[1]
     ]
-    sentences = (f"{sentence}\n" for sentence in comparisons(rows))
+    sentences = (f"{sentence}\n" for sentence in remarks(rows))
     return "\n".join([*(_markdown_table(*table) for table in tables), *sentences]).encode()
 
 
@@ -287,7 +287,7 @@ def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
     shown = {
         "title": title,
         "subject": f"{subject(title, rows)}; word accuracy with 95% intervals",
-        "sentences": comparisons(rows),
+        "sentences": remarks(rows),
         "axes": {cost: name for cost, name in AXES.items() if any(cost in row for row in rows)},
         "size": SIZE,
         "table": {"header": header, "cells": cells},

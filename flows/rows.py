@@ -88,6 +88,7 @@ def row_of(variant: Variant, cost: Manifest, times: Manifest) -> Row:
         **_named(model, "val/", "control/"),
         **cost.metrics,
         "checkpoint": _place(model),
+        "timed_on": times.settings["timed_on"],
         "stages": {name: stage.key for name, stage in variant.stages.items()},
     }
     if exported:
@@ -152,6 +153,7 @@ def mean_of_seeds(rows: Mapping[int, Row]) -> Row:
         f"{ACCURACY}_low": low,
         f"{ACCURACY}_high": high,
         f"{ACCURACY}_std": stdev(accuracies),
+        "timed_on": "; ".join(dict.fromkeys(row["timed_on"] for row in rows.values())),
         **{f"{ACCURACY}_seed_{seed}": row[ACCURACY] for seed, row in rows.items()},
         "stages": _stages_of_seeds(rows),
         "seeds": {

@@ -5,7 +5,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -185,22 +184,13 @@ def _cores(job: dict[str, Any]) -> tuple[int, int]:
     return max(1, cpus - workers), workers
 
 
-def _processor() -> str:
-    """What the CPU calls itself, where Linux says so."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return names[0] if names else platform.machine()
-    return platform.processor()
-
-
 def _environment() -> dict[str, Any]:
     packages = ("torch", "onnxruntime", "numpy", "pillow", "safetensors", "prefect", "mlflow")
     return {
         "git_commit": project.git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": project.processor(),
         "device": describe(best_device()),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),

@@ -22,6 +22,7 @@ from crnn.data.render import render_line
 from crnn.data.sources import open_source
 from flows.champion import _first_val_line, beats, best_of
 from flows.experiment import ChampionSettings, load_experiment
+from flows.project import timing_ground
 from flows.registry import PROMOTED
 from flows.stages.export import _squeezed, judge
 from tests.conftest import DIGITS, rendered_lines
@@ -105,6 +106,7 @@ def test_the_champion_is_registered_once_and_only_a_better_one_follows(
     assert int(version.version) == 1
     assert "95% interval" in version.description
     assert "Licence of the data: not stated" in version.description
+    assert f"CPU thread, on {timing_ground()}" in version.description
     tags = client.get_run(version.run_id).data.tags
     assert tags["kind"] == "point"
     assert tags["int8_key"] == version.tags["key"]

@@ -10,6 +10,7 @@ import yaml
 from crnn.errors import UserError
 from flows import project
 from flows.compare import compare
+from flows.comparison import remarks
 from flows.report import subject, table_cells
 from tests.flows.conftest import TINY
 from tests.flows.test_report import row
@@ -50,6 +51,20 @@ def test_sweeps_with_and_without_exports_compare_by_what_both_have() -> None:
         path.write_text(json.dumps(rows))
     _, folder = compare(["tiny", "other"])
     assert (folder / "frontier.png").stat().st_size > 10_000
+
+
+def test_latencies_of_two_machines_are_not_taken_for_comparable() -> None:
+    sweep("tiny", "aaaa11", 3.0)
+    sweep("other", "bbbb22", 2.0)
+    rows, folder = compare(["tiny", "other"])
+    assert remarks(rows) == ["Timed on a CPU."]
+    (path,) = (project.reports_folder() / "other").glob("*/frontier.json")
+    path.write_text(path.read_text().replace("a CPU", "another CPU"))
+    rows, folder = compare(["tiny", "other"])
+    warning = "The latencies do not compare, they are of different places: a CPU; another CPU."
+    assert remarks(rows) == [warning]
+    for name in ("frontier.md", "report.html"):
+        assert warning in (folder / name).read_text()
 
 
 def test_the_newest_sweep_is_meant_unless_one_is_named() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from crnn.charset import Charset
@@ -15,6 +16,9 @@ from crnn.data.render import render_line
 from crnn.export import export_onnx
 from crnn.reading import Reader, load_exported
 from crnn.settings import ExportSettings
+from flows import cache, definitions, project
+from flows.experiment import load_experiment
+from flows.rows import BASELINE, Variant
 from flows.stages.export import (
     TOLERANCE,
     _are_tied,
@@ -26,6 +30,32 @@ from tests.conftest import CORES, DIGITS, on_cores, random_recogniser, rendered_
 from tests.flows.conftest import Project, copy_of, points_of, squeeze, work_of
 
 Finished = tuple[Project, dict[str, Any]]
+
+
+def test_of_all_stages_the_timing_alone_depends_on_the_machine(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(finished[0].home))
+    experiment = load_experiment(finished[0].params)
+    row = finished[1]["rows"][0]
+    stages = {name: cache.find(key, print) for name, key in row["stages"].items()}
+    made = {name: manifest for name, manifest in stages.items() if manifest}
+    network = Variant(BASELINE, {name: made[name] for name in ("data", BASELINE)})
+
+    def keys() -> tuple[list[str], str]:
+        of_network = [
+            definitions.baseline_stage(experiment, made, 0).key,
+            definitions.measure_stage(network).key,
+        ]
+        return of_network, definitions.latency_stage(experiment, [network], 0).key
+
+    here, timed_here = keys()
+    assert here == [row["stages"][name] for name in (BASELINE, "measure")]
+    assert row["timed_on"] == made["latency"].settings["timed_on"] == project.timing_ground()
+    monkeypatch.setattr(project, "processor", lambda: "another CPU")
+    there, timed_there = keys()
+    assert here == there
+    assert timed_here != timed_there
 
 
 def test_every_point_is_exported_measured_and_reads_the_same(

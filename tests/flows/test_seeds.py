@@ -50,6 +50,9 @@ def test_a_row_of_several_seeds_has_means_and_spread() -> None:
         "finetune_seed_7": "finetune-7",
     }
     assert mean["val/samples"] == 100
+    assert mean["timed_on"] == "a CPU"
+    rows[2]["timed_on"] = "another CPU"
+    assert mean_of_seeds(rows)["timed_on"] == "a CPU; another CPU"
     header, (cells,) = table_cells([{**mean, "pareto": True}])
     assert dict(zip(header, cells, strict=True))["SD of seeds"] == "5.00"
 
