@@ -97,7 +97,11 @@ def check_data(params: ParamsFile, set: Overrides = None, as_json: AsJson = Fals
         _print_json({"counts": counts, "bad": bad})
     else:
         for split, numbers in counts.items():
-            print(f"{split}: {numbers['total']} samples, {numbers['usable']} usable")
+            print(
+                f"{split}: {numbers['total']} samples, {numbers['usable']} usable,"
+                f" {numbers['squeezed']} wider than data.max_width and squeezed; the widest has"
+                f" {numbers['widest_px']} px at 32 px high"
+            )
         for sample in bad:
             print(f"  {sample['split']} {sample['name']}: {sample['reason']} ({sample['detail']})")
     if bad:

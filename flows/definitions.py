@@ -42,7 +42,7 @@ TRAINING = ("baseline", "sparse", "finetune", "scratch", "small", "qat")
 """Stages that can train on several processes."""
 
 VERSIONS = {
-    "data": 3,
+    "data": 4,
     "baseline": 5,
     "sparse": 6,
     "target": 5,

@@ -73,7 +73,7 @@ class Context:
             self.computed.append(manifest.label)
             left = "" if self.elsewhere else f" ({self.forecast.sentence()})"
             display.say(f"{manifest.label}: done in {manifest.seconds:.0f} s{left}")
-        _say_how_it_cut(manifest)
+        _say_what_is_lost(manifest)
 
     def show_sweep(self) -> None:
         """Show how far the sweep is, where it is to be seen: a worker has a part of it."""
@@ -81,9 +81,19 @@ class Context:
             display.show_sweep(*self.forecast.stages, self.forecast.sentence())
 
 
-def _say_how_it_cut(manifest: Manifest) -> None:
-    """Warn where a cut takes live channels, or fewer than its ratio says."""
+def _say_what_is_lost(manifest: Manifest) -> None:
+    """Say where samples are not taken as they are, or a cut does more, or less, than expected."""
     figures = manifest.metrics
+    if bad := figures.get("data/bad_samples"):
+        display.say(
+            f"{manifest.label}: samples left out: {bad:.0f}, listed in"
+            f" {manifest.file('bad_samples.csv')}"
+        )
+    if squeezed := figures.get("data/squeezed_lines"):
+        display.say(
+            f"{manifest.label}: lines squeezed to data.max_width: {squeezed:.0f}, the widest from"
+            f" {figures['data/widest_px']:.0f} px"
+        )
     if live := figures.get("prune/live_channels_removed"):
         display.say(
             f"{manifest.label}: live channels go: {live:.0f}, and what they did is lost as far as"

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from crnn.charset import Charset
-from crnn.data.images import fitted_width
+from crnn.data.images import scaled_width
 from crnn.data.sources import Source, open_source
 from crnn.errors import DataError
 from crnn.settings import DataSettings
@@ -45,20 +45,26 @@ class Checked:
         indices: (S,) int64, the usable samples.
         widths: (S,) int32, their widths at 32 px high, in pixels.
         bad: The others.
+        squeezed: How many of the usable ones are wider than the widest line allowed.
+        widest: Of the usable ones, in pixels, before they are squeezed.
     """
 
     source: Source
     indices: np.ndarray
     widths: np.ndarray
     bad: list[BadSample]
+    squeezed: int
+    widest: int
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples in all, usable and bad."""
+        """Samples in all, usable, bad and squeezed, and the width of the widest."""
         return {
             "total": len(self.indices) + len(self.bad),
             "usable": len(self.indices),
             "bad": len(self.bad),
+            "squeezed": self.squeezed,
+            "widest_px": self.widest,
         }
 
 
@@ -122,34 +128,45 @@ def check_split(
         on_sample: Called with (samples done, samples in all).
     """
     max_width, stride = geometry
-    indices, widths = array("q"), array("i")
+    indices, found = array("q"), array("i")
     bad: list[BadSample] = []
     for index in range(len(source)):
         try:
             label = source.label(index)
-            width = fitted_width(source.image(index), max_width)
-            fault = _fault(label, width // stride, charset)
+            width = scaled_width(source.image(index))
+            fault = _fault(label, charset, width // stride, max_width // stride)
         except DataError as error:
             fault = ("unreadable", str(error))
         if fault:
             bad.append(BadSample(split, source.name(index), *fault))
         else:
             indices.append(index)
-            widths.append(width)
+            found.append(width)
         if on_sample:
             on_sample(index + 1, len(source))
-    return Checked(source, np.frombuffer(indices, np.int64), np.frombuffer(widths, np.int32), bad)
+    widths = np.frombuffer(found, np.int32)
+    return Checked(
+        source=source,
+        indices=np.frombuffer(indices, np.int64),
+        widths=np.minimum(widths, np.int32(max_width)),
+        bad=bad,
+        squeezed=int((widths > max_width).sum()),
+        widest=int(widths.max(initial=0)),
+    )
 
 
-def _fault(label: str, frames: int, charset: Charset) -> tuple[str, str] | None:
+def _fault(label: str, charset: Charset, frames: int, most: int) -> tuple[str, str] | None:
+    """Why a sample cannot be used; frames are those of its image as wide as it is."""
     if not label:
         return "empty label", "the text after the tab is empty"
     if unknown := charset.unknown(label):
         return "characters outside the charset", f"{unknown!r} in {label!r}"
-    if frames < needed_frames(label):
+    if min(frames, most) < needed_frames(label):
+        squeezed = f"'s {frames} are squeezed to {most} by data.max_width"
+        has = f" has {frames}" if frames <= most else squeezed
         return (
             "label too long for CTC",
-            f"{label!r} needs {needed_frames(label)} frames, the image has {frames}",
+            f"{label!r} needs {needed_frames(label)} frames, the image{has}",
         )
     return None
 

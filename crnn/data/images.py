@@ -77,9 +77,14 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     return levels
 
 
+def scaled_width(image: Image.Image) -> int:
+    """Width in pixels at 32 px high with the aspect ratio kept."""
+    return max(1, round(image.width * HEIGHT / image.height))
+
+
 def fitted_width(image: Image.Image, max_width: int) -> int:
     """Width in pixels that fit_line gives the image."""
-    return min(max(1, round(image.width * HEIGHT / image.height)), max_width)
+    return min(scaled_width(image), max_width)
 
 
 def fit_line(image: Image.Image, max_width: int) -> Image.Image:

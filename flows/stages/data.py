@@ -51,6 +51,8 @@ def data(work: Work) -> Outcome:
         "data/train_samples": float(len(train.indices)),
         "data/val_samples": float(len(val.indices)),
         "data/bad_samples": float(len(train.bad) + len(val.bad)),
+        "data/squeezed_lines": float(train.squeezed + val.squeezed),
+        "data/widest_px": float(max(train.widest, val.widest)),
         "data/classes": float(checked.charset.classes),
     }
 

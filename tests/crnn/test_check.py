@@ -25,7 +25,8 @@ def faulty(label_folder: Path) -> LabelFile:
 
 def test_every_fault_is_counted_and_listed(faulty: LabelFile) -> None:
     checked = check_split("train", faulty, Charset("0123456789"), (320, 4))
-    assert checked.counts == {"total": 31, "usable": 24, "bad": 7}
+    counts = {"total": 31, "usable": 24, "bad": 7}
+    assert checked.counts == {**counts, "squeezed": 0, "widest_px": checked.widths.max()}
     assert checked.indices.tolist() == list(range(24))
     assert (checked.widths >= 8).all()
     assert [bad.reason for bad in checked.bad] == [
@@ -39,6 +40,18 @@ def test_every_fault_is_counted_and_listed(faulty: LabelFile) -> None:
     ]
     assert "'x' in '1x'" in checked.bad[3].detail
     assert "needs 4 frames, the image has 3" in checked.bad[4].detail
+
+
+def test_lines_wider_than_allowed_are_squeezed_and_counted(label_folder: Path) -> None:
+    (label_folder / "wide.txt").write_text("wide.png\t123456\nwide.png\t1234567890\n")
+    Image.new("RGB", (800, 64)).save(label_folder / "wide.png")
+    source = LabelFile(label_folder / "wide.txt", label_folder)
+    checked = check_split("train", source, Charset("0123456789"), (32, 4))
+    assert (checked.widths.tolist(), checked.squeezed, checked.widest) == ([32], 1, 400)
+    detail = "needs 10 frames, the image's 100 are squeezed to 8 by data.max_width"
+    assert detail in checked.bad[0].detail
+    exact = check_split("train", source, Charset("0123456789"), (400, 4))
+    assert (exact.widths.tolist(), exact.squeezed, exact.widest) == ([400, 400], 0, 400)
 
 
 def test_refusal_counts_by_reason_and_names_ten(faulty: LabelFile) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,10 +119,10 @@ def labelled(label_folder: Path, tmp_path: Path) -> Project:
 
 def test_check_data_lists_what_cannot_be_used(labelled: Project, label_folder: Path) -> None:
     clean = labelled.run("check-data", str(labelled.params))
-    assert clean.stdout.splitlines() == [
-        "train: 24 samples, 24 usable",
-        "val: 8 samples, 8 usable",
-    ]
+    train, val = clean.stdout.splitlines()
+    rest = r", 0 wider than data\.max_width and squeezed; the widest has \d+ px at 32 px high"
+    assert re.fullmatch("train: 24 samples, 24 usable" + rest, train)
+    assert re.fullmatch("val: 8 samples, 8 usable" + rest, val)
     with (label_folder / "train.txt").open("a", encoding="utf-8") as file:
         file.write("images/0.png\t12é\n")
     Image.new("RGB", (1, 32)).save(label_folder / "images" / "thin.png")
@@ -129,7 +130,8 @@ def test_check_data_lists_what_cannot_be_used(labelled: Project, label_folder: P
         file.write("images/thin.png\t1\n")
     result = labelled.run("check-data", str(labelled.params), "--json", code=2)
     found = json.loads(result.stdout)
-    assert found["counts"]["train"] == {"total": 25, "usable": 24, "bad": 1}
+    counts = found["counts"]["train"]
+    assert [counts[name] for name in ("total", "usable", "bad", "squeezed")] == [25, 24, 1, 0]
     assert [bad["reason"] for bad in found["bad"]] == [
         "characters outside the charset",
         "label too long for CTC",
@@ -144,12 +146,21 @@ def test_bad_samples_are_refused_or_skipped_and_listed(
     refused = labelled.run("frontier", str(labelled.params), code=2)
     assert "1 of 33 samples cannot be used (1 unreadable)" in refused.stderr
     assert "train images/gone.png: unreadable (cannot read image file" in refused.stderr
-    skipped = labelled.frontier("--set", "data.on_bad_sample=skip", "--ratios", "0.3")
-    assert skipped["rows"][0]["val/samples"] == 8
+    Image.new("RGB", (900, 32)).save(label_folder / "images" / "wide.png")
+    with (label_folder / "val.txt").open("a", encoding="utf-8") as file:
+        file.write("images/wide.png\t1\n")
+    skip = ("--json", "--set", "data.on_bad_sample=skip", "--ratios", "0.3")
+    skipped = labelled.run("frontier", str(labelled.params), *skip)
+    assert json.loads(skipped.stdout)["rows"][0]["val/samples"] == 9
     manifest = labelled.manifests()["data"]
-    listed = (labelled.home / "stages" / manifest["key"] / "bad_samples.csv").read_text()
-    assert "train,images/gone.png,unreadable,cannot read image file" in listed
+    listed = labelled.home / "stages" / manifest["key"] / "bad_samples.csv"
+    assert "train,images/gone.png,unreadable,cannot read image file" in listed.read_text()
+    assert f"data: samples left out: 1, listed in {listed}" in skipped.stderr
+    squeezed = "data: lines squeezed to data.max_width: 1, the widest from 900 px"
+    assert squeezed in skipped.stderr
     assert manifest["metrics"]["data/bad_samples"] == 1
+    assert manifest["metrics"]["data/squeezed_lines"] == 1
+    assert manifest["metrics"]["data/widest_px"] == 900
 
 
 def test_an_empty_data_set_is_refused(labelled: Project, label_folder: Path) -> None:
