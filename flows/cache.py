@@ -258,9 +258,9 @@ def publish(
         run_id=run_id,
         **outcome,
     )
+    write_atomic(folder / MANIFEST, _sealed(manifest))
     for path in (*folder.rglob("*"), folder):
         sync(path)
-    write_atomic(folder / MANIFEST, _sealed(manifest))
     target = project.stages_folder() / stage.key
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)

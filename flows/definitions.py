@@ -250,7 +250,8 @@ def control_stage(experiment: Experiment, kind: str, upstream: Upstream, seed: i
 
 def _baseline_is_needed(experiment: Experiment) -> bool:
     """Whether slimming takes the baseline, to start from it or to be taught by it."""
-    taught = experiment.finetune.distill and not experiment.teacher
+    finetune = experiment.finetune
+    taught = finetune.epochs and finetune.distill and not experiment.teacher
     return bool(experiment.sparse.from_baseline or taught)
 
 

@@ -368,6 +368,8 @@ def _explain(errors: Sequence[ErrorDetails]) -> str:
         )
     if error["type"] == "missing":
         return f"key {where!r} is needed; add it to the file or with --set {where}=..."
+    if error["type"] == "tuple_type":
+        return f"{where}: a list is needed, in brackets, not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     # A rule over a whole section names its values itself.
     value = "" if isinstance(error["input"], dict) else f", not {error['input']!r}"

@@ -264,6 +264,13 @@ def test_the_file_of_a_network_that_was_not_cut_names_no_ratio(
             {"uncut_epochs": 6, "taught_epochs": 1},
         ),
         (
+            {
+                "sparse": {"epochs": 4, "from_baseline": False},
+                "finetune": {"epochs": 0, "distill": 1},
+            },
+            {"uncut_epochs": 4, "taught_epochs": 0},
+        ),
+        (
             {"teacher": {"epochs": 5}, "baseline": {"epochs": 2, "distill": 1}},
             {"uncut_epochs": 6, "taught_epochs": 6, "teacher_epochs": 5},
         ),

@@ -75,6 +75,8 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
         ("seeds=[]", r"seeds: .*at least 1 item.*not \[\]"),
         ("seeds=[1, 1]", r"seeds: each seed is given once, not \[1, 1\]"),
         ("seeds=[-1]", r"greater than or equal to 0, not -1"),
+        ("ratios=0.7", r"ratios: a list is needed, in brackets, not 0\.7"),
+        ("controls.ratios=0.7", r"controls\.ratios: a list is needed, in brackets, not 0\.7"),
         ("controls.scrach=true", r"unknown key 'controls.scrach'; did you mean 'scratch'"),
         ("controls.ratios=[0.3, 0.7]", r"among the experiment's ratios \(0.3, 0.6\); 0.7 is not$"),
         ("controls.ratios=[0.12345]", r"at most four decimals"),
