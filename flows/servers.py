@@ -16,7 +16,7 @@ from pathlib import Path
 
 from crnn.errors import UserError
 from crnn.files import write_atomic
-from flows import project
+from flows import display, project
 from flows.locks import is_free, unless_held
 
 HOST = "127.0.0.1"
@@ -116,6 +116,9 @@ def prefect() -> Iterator[str]:
 
 def _started() -> Servers | None:
     """The servers of this state folder, once they answer; None where nobody has started any."""
+    if (there := running()) or is_free(SERVERS):
+        return there
+    display.say("waiting for the servers that start in another terminal")
     deadline = time.monotonic() + START_SECONDS
     while not is_free(SERVERS) and time.monotonic() < deadline:
         if there := running():

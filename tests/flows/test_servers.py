@@ -243,7 +243,9 @@ def test_a_schedule_finds_ports_and_believes_no_record_of_servers_that_are_gone(
     assert not record.exists()
 
 
-def test_servers_that_are_starting_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_that_are_starting_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     page = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
     with answering(page) as address, single_flight(servers.SERVERS):
@@ -251,6 +253,7 @@ def test_servers_that_are_starting_are_waited_for(monkeypatch: pytest.MonkeyPatc
         threading.Timer(1, (state.home() / "servers.json").write_text, [record]).start()
         with servers.prefect() as found:
             assert found == f"{address}/api"
+    assert capsys.readouterr().err == "waiting for the servers that start in another terminal\n"
 
 
 def test_an_address_that_was_given_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
