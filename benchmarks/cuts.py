@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,10 +25,14 @@ from flows.definitions import VERSIONS, fingerprint, given_charset
 from flows.experiment import Experiment
 from flows.rows import ACCURACY
 from flows.stages.sparse import INDEX, plan
+from flows.stages.work import seed_of
 from pruning.gammas import widths
 from pruning.settings import PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import revive
+
+VERSION = 2
+"""Raised when what is here gives other figures."""
 
 Cut = Callable[[Path, float, PruneSettings], Recogniser]
 """Makes the cut network of a sparse stage's folder, a ratio and what else was set."""
@@ -84,7 +89,7 @@ def figures(
     """
     content = [cut.__name__, sha256(sparse / MODEL), ratio, seed, fingerprint(experiment)]
     settings = (experiment.prune, experiment.finetune)
-    versions = [VERSIONS["prune"], VERSIONS["finetune"]]
+    versions = [VERSION, VERSIONS["prune"], VERSIONS["finetune"], version("torch_pruning")]
     identity = json.dumps([*content, *versions, *(s.model_dump(mode="json") for s in settings)])
     name = f"cut-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.json"
     memo = project.home() / "benchmarks" / name
@@ -101,7 +106,8 @@ def _figures(
     uncut = load_checkpoint(sparse / MODEL).model.to(best_device())
     model = cut(sparse, ratio, experiment.prune).to(best_device())
     untuned = evaluate(model, val, set())[ACCURACY]
-    fit(start(model, experiment.finetune, seed), train, experiment.finetune)
+    begun = start(model, experiment.finetune, seed_of("finetune", seed))
+    fit(begun, train, experiment.finetune)
     return {
         "prune/ratio_achieved": 1 - sum(widths(model).values()) / sum(widths(uncut).values()),
         "prune/word_accuracy_before": evaluate(uncut, val, set())[ACCURACY],

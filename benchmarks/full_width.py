@@ -5,7 +5,8 @@
 Takes a params file, and section.key=value for what shall differ from it. The charset of its data is
 filled up with Chinese characters that no label has: they cost what they cost the article, and the
 network has to learn not to read them. Cut are the CNN alone, at 0.62 and 0.87, and, at 0.62, the
-LSTM and the head as well.
+LSTM and the head as well. It has not been run to its end yet: docs/measurements.md has nothing of
+it.
 """
 
 import sys

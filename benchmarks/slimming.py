@@ -7,7 +7,8 @@ is a frontier of cached stages with a setting or two changed, so that a comparis
 interrupted goes on where it was; only what benchmarks/cuts.py cuts is trained by the benchmark.
 What needs a strength has several tried with the first seed and keeps the one with the best mean
 accuracy, chosen on the val lines: that flatters it. As long as that is the weakest or the strongest
-of them, one more is tried beyond it. With `controls={scratch: true, small: true}` each way whose
+of them, one more is tried beyond it. Every way but the published rules, which have none, leaves of
+each layer what `auto` leaves. With `controls={scratch: true, small: true}` each way whose
 cut is the pipeline's own has its controls.
 
 Processes with a core of their own share the stages, nearly twice as fast as one on two cores: start
@@ -31,6 +32,7 @@ from flows import project
 from flows.experiment import load_experiment
 from flows.rows import CONTROLS
 from flows.running import SHORT_OF_RATIO
+from pruning.sparsity import FLOOR
 
 Rows = list[dict[str, Any]]
 OfSeeds = Callable[[list[int]], Rows]
@@ -43,6 +45,7 @@ FIGURES = {
 }
 
 UNTAUGHT = ["sparse.distill=0", "finetune.distill=0", "baseline.distill=null", "teacher=null"]
+FLOOR_OF_AUTO = f"prune.min_ratio={FLOOR}"
 ARTICLE = [*UNTAUGHT, "prune.selection=reference", "prune.compensate=false"]
 SUBGRADIENT = "sparse.method=subgradient"
 SUBGRADIENTS = (1e-2, 3e-2, 1e-1)
@@ -68,9 +71,9 @@ WAYS = {
     "auto, fine-tuning taught as well": Way(["finetune.distill=1"]),
     "auto, statistics estimated anew": Way(["finetune.recalibrate=2000"]),
     "auto, every cut of the last network": Way(cut=of_the_last),
-    "proximal": Way(["sparse.method=proximal"], (0.4, 0.8, 1.6)),
-    "polarization": Way(["sparse.method=polarization"], (0.025, 0.05, 0.1)),
-    "subgradient": Way([SUBGRADIENT], SUBGRADIENTS),
+    "proximal": Way(["sparse.method=proximal", FLOOR_OF_AUTO], (0.4, 0.8, 1.6)),
+    "polarization": Way(["sparse.method=polarization", FLOOR_OF_AUTO], (0.1, 0.4, 1.6)),
+    "subgradient": Way([SUBGRADIENT, FLOOR_OF_AUTO], SUBGRADIENTS),
     "the reference rule": Way([*ARTICLE, SUBGRADIENT], SUBGRADIENTS),
     "Torch-Pruning's BNScalePruner": Way([*ARTICLE, SUBGRADIENT], SUBGRADIENTS, by_torch_pruning),
 }
@@ -85,10 +88,14 @@ def main() -> None:
     seeds = [int(seed) for seed in given_seeds.split(",")]
     way = partial(_way, params, ["export=null", *given])
 
+    tried: dict[str, dict[float, Rows]] = {name: {} for name in WAYS}
+
     @cache
     def accuracy(name: str, strength: float | None) -> float:
-        rows = way(name, strength, "controls={}")(seeds[:1])[1:]
-        return mean(float(row[TUNED]) for row in rows)
+        rows = way(name, strength, "controls={}")(seeds[:1])
+        if strength is not None:
+            tried[name][strength] = rows
+        return mean(float(row[TUNED]) for row in rows[1:])
 
     def best_of(name: str) -> float | None:
         strengths = WAYS[name].strengths
@@ -108,6 +115,13 @@ def main() -> None:
     for title, figure in FIGURES.items():
         print(f"\n{title}\n")
         print(*table(compared, figure), sep="\n")
+    print(f"\nfine-tuned, by strength, seed {seeds[0]}\n")
+    by_strength = {
+        f"{name} {strength:.3g}": tried[name][strength]
+        for name in WAYS
+        for strength in sorted(tried[name])
+    }
+    print(*table(by_strength, TUNED), sep="\n")
 
 
 def frontier(params: str, settings: list[str], more: list[str], seeds: list[int]) -> Rows:

@@ -1,8 +1,6 @@
 """The direction of imports: flows -> pruning -> crnn, and who may know MLflow and Prefect."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,11 +46,3 @@ def test_lower_packages_do_not_import_higher_ones(package: str) -> None:
 def test_one_module_imports_each_service(library: str) -> None:
     users = {p.name for p in (ROOT / "flows").rglob("*.py") if library in imported(p)}
     assert users == ONLY_IN[library]
-
-
-def test_the_command_line_starts_without_heavy_libraries() -> None:
-    code = "import sys, flows.cli; print(sorted({'torch', 'mlflow', 'prefect'} & set(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"

@@ -78,7 +78,10 @@ Fault = Callable[[Path, Project, random.Random], Outcome]
 def main() -> None:
     """Run every fault and print the table."""
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else random.SystemRandom().randrange(10**6)
-    chosen = [fault for fault in FAULTS if fault.__name__ in sys.argv[2:] or not sys.argv[2:]]
+    names = sys.argv[2:] or [fault.__name__ for fault in FAULTS]
+    if unknown := set(names) - {fault.__name__ for fault in FAULTS}:
+        sys.exit(f"no such fault: {', '.join(sorted(unknown))}")
+    chosen = [fault for fault in FAULTS if fault.__name__ in names]
     say(f"seed {seed}")
     # A shell starts background jobs with SIGINT ignored, and what they start inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -75,13 +75,8 @@ class Work:
 
     @property
     def seed(self) -> int:
-        """Of data order and augmentation, another for each kind of stage.
-
-        With one for all, fine-tuning would begin with the very images that the baseline began
-        with, and 8 bits would be judged by lines that the network has learnt.
-        """
-        key = generator(self.settings["seed"], *self.job["stage"].encode())
-        return int(key.integers(2**63))
+        """Of data order and augmentation."""
+        return seed_of(self.job["stage"], self.settings["seed"])
 
     def input(self, stage: str) -> Path:
         """Result file of an upstream stage, proven again: time has passed since it was found.
@@ -137,6 +132,19 @@ class Work:
         shape = (1, 3, HEIGHT, LINE_WIDTH)
         table = summary(model, shape, device="cpu", verbose=0, depth=3)
         write_atomic(self.out / SUMMARY, f"{table}\n".encode())
+
+
+def seed_of(stage: str, seed: int) -> int:
+    """Seed of data order and augmentation, another for each kind of stage.
+
+    With one for all, fine-tuning would begin with the very images that the baseline began with, and
+    8 bits would be judged by lines that the network has learnt.
+
+    Args:
+        stage: Kind of stage.
+        seed: Of the experiment.
+    """
+    return int(generator(seed, *stage.encode()).integers(2**63))
 
 
 @cache

@@ -24,9 +24,10 @@ Finished = tuple[Project, dict[str, Any]]
 
 def only_line(result: subprocess.CompletedProcess[str]) -> str:
     """The one sentence on standard error."""
-    lines = result.stderr.strip().splitlines()
     assert "Traceback" not in result.stderr
-    return lines[-1]
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("crnn-slim: ")
+    return last
 
 
 def test_help_waits_for_no_large_library() -> None:
@@ -304,7 +305,7 @@ def test_convert_sroie_cuts_lines_that_check_data_accepts(tmp_path: Path) -> Non
     receipts = tmp_path / "SROIE"
     for part in ("img", "box", "key"):
         (receipts / part).mkdir(parents=True)
-    for number in range(12):
+    for number in range(16):
         page = Image.new("L", (400, 200), 250)
         page.paste(30, (20, 20, 120, 40))
         page.save(receipts / "img" / f"{number:03d}.jpg")
@@ -320,9 +321,12 @@ def test_convert_sroie_cuts_lines_that_check_data_accepts(tmp_path: Path) -> Non
         data={"root": str(target), "train": "train.txt", "val": "train.txt", "max_width": 320},
     )
     output = project.run("convert-sroie", str(receipts), str(target)).stdout
-    assert "left out: too narrow for CTC: 12" in output
-    lines = "".join((target / f"{split}.txt").read_text() for split in ("train", "val"))
-    assert lines.count("\tTOTAL, RM\n") == 12
+    assert "left out: too narrow for CTC: 16" in output
+    found = [(target / f"{split}.txt").read_text() for split in ("train", "val")]
+    assert [lines.count("\tTOTAL, RM\n") for lines in found] == [12, 4]
+    receipts_of = [set(re.findall(r"images/(\d+)/", lines)) for lines in found]
+    shops_of = [{int(name) // 2 for name in names} for names in receipts_of]
+    assert not shops_of[0] & shops_of[1], "no shop is in both"
     with Image.open(target / "images" / "000" / "000.jpg") as crop:
         assert crop.size == (160, 32)
     assert project.run("check-data", str(project.params)).returncode == 0

@@ -60,8 +60,10 @@ def test_samples_that_change_while_a_stage_reads_them_do_not_pass_for_the_old_on
     project = new_project(tmp_path / "project", data=data, ratios=[0.6])
     command = project.command("frontier", str(project.params))
     with subprocess.Popen(command, stderr=subprocess.PIPE, **project.options()) as running:
+        deadline = time.monotonic() + PATIENCE
         while not list(project.home.glob("work/baseline-*")):
             assert running.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         labels = label_folder / "train.txt"
         changed = tmp_path / "train.txt"

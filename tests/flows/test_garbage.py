@@ -114,16 +114,18 @@ def test_what_a_running_stage_starts_from_stays(finished: Finished, tmp_path: Pa
 
 def test_what_a_running_pipeline_has_used_stays(finished: Finished, tmp_path: Path) -> None:
     project = copy_of(finished, tmp_path / "copy")
-    client_of(project).delete_run(finished[1]["sweep_run"])
     old_folder(project.home / "work" / SPARSE)
     lock = project.home / "locks" / "flow-1.lock"
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         os.utime(lock, (time.time() - 600, time.time() - 600))
-        project.frontier()
+        client_of(project).delete_run(project.frontier()["sweep_run"])
         shown = project.run("gc", "--older-than", "0").stdout
+    baseline = project.manifests()["baseline"]["key"]
     assert SPARSE in shown
+    assert baseline not in shown
     assert "1 folders" in shown
+    assert baseline in project.run("gc", "--older-than", "0").stdout
 
 
 def test_what_is_used_while_others_are_removed_stays(

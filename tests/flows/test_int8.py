@@ -108,7 +108,9 @@ def test_two_processes_train_for_8_bits_as_one_does(exported: Exported, tmp_path
         (work.folder / "job.json").write_text(json.dumps(job))
         command = [sys.executable, "-m", "flows.worker", str(work.folder / "job.json")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-        assert json.loads(done.stdout.splitlines()[-1])["event"] == "done", done.stderr
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        assert events[-1]["event"] == "done", done.stderr
+        assert ({"event": "group", "processes": 2} in events) == (processes == 2)
         lines = (work.out / HISTORY).read_text().splitlines()
         losses.append([json.loads(line)["train/loss"] for line in lines])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 from flows.compare import compare
 from flows.page import page_of
@@ -38,11 +37,15 @@ def opened(browser: Browser, path: Path, **options: Any) -> tuple[Page, list[str
     """The page, and what went wrong or was asked of a network."""
     page = browser.new_page(**options)
     wrong: list[str] = []
+
+    def asked(request: Request) -> None:
+        if not request.url.startswith(("data:", path.as_uri())):
+            wrong.append(request.url)
+
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: wrong.append(request.url))
+    page.on("request", asked)
     page.goto(path.as_uri())
-    wrong.remove(path.as_uri())
-    return page, [entry for entry in wrong if not entry.startswith("data:")]
+    return page, wrong
 
 
 @needs_chromium
@@ -61,14 +64,10 @@ def test_the_report_is_accessible_and_needs_no_network(
 
 
 @needs_chromium
-def test_the_report_opens_at_once_and_can_be_read_on_a_phone(
-    exported: Exported, browser: Browser
-) -> None:
+def test_the_report_can_be_read_on_a_phone(exported: Exported, browser: Browser) -> None:
     path = Path(exported[1]["report"]) / "report.html"
-    begun = time.monotonic()
     page, wrong = opened(browser, path, viewport={"width": 390, "height": 844})
     page.locator("#frontier g.point").last.wait_for()
-    assert time.monotonic() - begun < 2
     assert wrong == []
     shown = "s => s.getBoundingClientRect().width / s.viewBox.baseVal.width"
     for chart in page.locator("svg").all():

@@ -130,8 +130,10 @@ def test_one_process_finishes_what_two_began(both: tuple[Project, Project], tmp_
     running.terminate()
     assert running.wait(PATIENCE) != 0
     assert ranks(project) == []
-    project.frontier("--set", "execution.processes=1")
+    alone = project.run("frontier", str(project.params), "--set", "execution.processes=1")
+    assert "sparse: goes on after epoch" in alone.stderr
     losses = [[epoch["train/loss"] for epoch in histories(p)["sparse"]] for p in (project, both[1])]
+    assert losses[0][0] == losses[1][0], "an epoch of the two"
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
@@ -144,25 +146,30 @@ def two_machines(folder: Path) -> tuple[Project, Project]:
 
 
 @contextmanager
-def training_along(project: Project) -> Iterator[subprocess.Popen[str]]:
+def training_along(project: Project, log: Path) -> Iterator[subprocess.Popen[str]]:
     """A machine that joins, and is told to leave at the end."""
     command = project.command("join", str(project.params))
-    joined = subprocess.Popen(command, stderr=subprocess.PIPE, **project.options())
+    with log.open("w") as out:
+        joined = subprocess.Popen(command, stderr=out, **project.options())
     try:
         yield joined
     finally:
         joined.terminate()
-    said = joined.communicate(timeout=PATIENCE)[1]
-    assert (joined.returncode, "the others go on" in said) == (0, True) or joined.returncode < 0
+        joined.wait(PATIENCE)
 
 
 def test_two_machines_train_as_one_does(both: tuple[Project, Project], tmp_path: Path) -> None:
     first, second = two_machines(tmp_path)
-    with training_along(second) as lost:
+    logs = [tmp_path / "lost", tmp_path / "back"]
+    with training_along(second, logs[0]) as lost:
         running = begun(first)
         lost.kill()
-    with training_along(second):
+    with training_along(second, logs[1]) as back:
         assert running.wait(PATIENCE) == 0
+    assert lost.returncode == -signal.SIGKILL
+    assert "sparse: on 2 processes" in logs[0].read_text()
+    assert back.returncode == 0
+    assert "the others go on" in logs[1].read_text()
     found, expected = histories(first), histories(both[0])
     assert_trained_alike(found, expected)
 

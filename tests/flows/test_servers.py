@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from flows import display, servers
 from flows import project as state
-from flows import servers
 from flows.experiment import NotifySettings
 from flows.locks import single_flight
 from flows.notice import notify
@@ -144,7 +144,7 @@ def test_a_schedule_that_cannot_be_is_refused(
     assert said in refused.stderr
 
 
-def test_a_failure_is_told_and_tried_again(tmp_path: Path) -> None:
+def test_a_failure_is_told_and_a_user_s_mistake_is_not_tried_again(tmp_path: Path) -> None:
     told = tmp_path / "told.json"
     hook = tmp_path / "hook.py"
     hook.write_text(f"import sys; open({str(told)!r}, 'a').write(sys.stdin.read())")
@@ -157,6 +157,7 @@ def test_a_failure_is_told_and_tried_again(tmp_path: Path) -> None:
     )
     failed = project.run("frontier", str(project.params), code=2)
     assert "the loss or its gradient became" in failed.stderr
+    assert "tried again" not in failed.stderr
     event = json.loads(told.read_text())
     assert event["event"] == "failed"
     assert event["experiment"] == "tiny"
@@ -169,8 +170,10 @@ def test_a_run_whose_stage_dies_is_tried_again(tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = started(project, "frontier", str(project.params), log=log)
     kill = ["pkill", "-KILL", "-P", str(process.pid), "-f", "flows.worker"]
+    deadline = time.monotonic() + PATIENCE
     while subprocess.run(kill).returncode:
         assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     assert process.wait(PATIENCE) == 0, log.read_text()
     assert "tried again in 0.1 s" in log.read_text()
@@ -201,16 +204,35 @@ def test_a_command_that_fails_keeps_no_webhook_from_being_told(
     assert capfd.readouterr() == ("", "told\n"), "standard output is for results"
 
 
+def test_a_webhook_is_posted_the_event() -> None:
+    logged: list[str] = []
+    heard: list[bytes] = []
+    event = {"event": "champion", "experiment": "tiny", "reason": "better"}
+    with answering(b"HTTP/1.1 204 No Content\r\n\r\n", heard) as address:
+        notify(NotifySettings(webhook=f"{address}/hook"), event, logged.append)
+    assert logged == []
+    head, _, body = b"".join(heard).partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /hook ")
+    assert json.loads(body) == event
+
+
 @contextmanager
-def answering(content: bytes) -> Iterator[str]:
-    """Address of something that says these bytes to whoever comes."""
+def answering(content: bytes, heard: list[bytes] | None = None) -> Iterator[str]:
+    """Address of something that says these bytes to whoever comes, and keeps what it heard."""
 
     def answer(server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = server.accept()
                 with connection:
-                    connection.recv(65536)
+                    said = connection.recv(65536)
+                    # The body may come later.
+                    while not said.endswith((b"}", b"\r\n\r\n")) and (
+                        more := connection.recv(65536)
+                    ):
+                        said += more
+                    if heard is not None:
+                        heard.append(said)
                     connection.sendall(content)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -243,17 +265,21 @@ def test_a_schedule_finds_ports_and_believes_no_record_of_servers_that_are_gone(
     assert not record.exists()
 
 
-def test_servers_that_are_starting_are_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_servers_that_are_starting_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     page = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
     with answering(page) as address, single_flight(servers.SERVERS):
         record = json.dumps({"mlflow": address, "prefect": address})
-        threading.Timer(1, (state.home() / "servers.json").write_text, [record]).start()
+        said: list[str] = []
+
+        def say(message: str) -> None:
+            said.append(message)
+            (state.home() / "servers.json").write_text(record)
+
+        monkeypatch.setattr(display, "say", say)
         with servers.prefect() as found:
             assert found == f"{address}/api"
-    assert capsys.readouterr().err == "waiting for the servers that start in another terminal\n"
+    assert said == ["waiting for the servers that start in another terminal"]
 
 
 def test_an_address_that_was_given_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

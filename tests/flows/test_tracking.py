@@ -194,8 +194,10 @@ def test_a_process_that_dies_while_it_makes_the_store_leaves_none(tmp_path: Path
     store = project.database
     unfinished = store.with_name("mlflow.db.unfinished")
     process = subprocess.Popen(project.command("gc"), stdout=subprocess.PIPE, **project.options())
+    deadline = time.monotonic() + PATIENCE
     while not (unfinished.exists() and unfinished.stat().st_size):
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.002)
     process.kill()
     process.communicate()
