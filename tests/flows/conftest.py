@@ -126,6 +126,16 @@ def copy_of(finished: tuple[Project, Any], folder: Path) -> Project:
     return Project(folder)
 
 
+def begun_by(finished: tuple[Project, Any], folder: Path, **changes: Any) -> Project:
+    """An experiment that finds data and baseline of the finished project in its cache."""
+    project = new_project(folder, **changes)
+    for label in ("data", "baseline"):
+        key = finished[0].manifests()[label]["key"]
+        place = Path("stages") / key
+        shutil.copytree(finished[0].home / place, project.home / place)
+    return project
+
+
 def client_of(project: Project) -> MlflowClient:
     return MlflowClient(f"sqlite:///{project.database}")
 
@@ -303,17 +313,19 @@ def squeeze(work: Work, width: int, index: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Project:
-    """The long experiment, computed without a stop."""
-    return computed(tmp_path_factory, "long", from_nothing(**LONG))[0]
-
-
-@pytest.fixture(scope="session")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, prefect_server: str
 ) -> tuple[Project, dict[str, Any]]:
     """The tiny frontier, computed, and what it printed. Do not change what others rely on."""
     return computed(tmp_path_factory, "tiny", from_nothing())
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, finished: tuple[Project, dict[str, Any]]
+) -> Project:
+    """The long experiment, computed without a stop."""
+    return computed(tmp_path_factory, "long", lambda at: begun_by(finished, at, **LONG))[0]
 
 
 READABLE: dict[str, Any] = {

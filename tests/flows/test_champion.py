@@ -18,12 +18,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from crnn.data.batches import Batch, Lines, evaluation_batches
 from crnn.data.render import render_line
 from crnn.data.sources import open_source
 from flows.champion import _first_val_line, beats, best_of
 from flows.experiment import ChampionSettings, load_experiment
 from flows.project import timing_ground
 from flows.registry import PROMOTED
+from flows.stages import export as stages
 from flows.stages.export import _squeezed, judge
 from tests.conftest import DIGITS, rendered_lines
 from tests.flows.conftest import (
@@ -137,16 +139,27 @@ def test_other_lines_are_read_by_the_champion_before_it_is_judged(
     assert scores["val/samples"] == 16
 
 
-def test_a_champion_is_judged_at_its_own_widest_line(exported: Exported, tmp_path: Path) -> None:
-    """Where the sweep's data is squeezed to 64 px, its lines of 160 px are what it serves."""
+def test_a_champion_is_judged_at_its_own_widest_line(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the sweep's data is squeezed to 16 px, its lines of 160 px are what it serves."""
     project = exported[0]
     made = {label: project.manifests()[label] for label in ("data", "export baseline")}
     inputs = {"data": made["data"], "export": made["export baseline"]}
     work = work_of(project, "judge", inputs, tmp_path)
+    as_wide = work.lines("val").widths.tolist()
     expected = judge(work)[1]
-    squeeze(work, 64, tmp_path / "narrow.safetensors")
-    assert work.lines("val").max_width == 64
+    squeeze(work, 16, tmp_path / "narrow.safetensors")
+    assert max(work.lines("val").widths) == 16 < min(as_wide)
+    read: list[int] = []
+
+    def batches(lines: Lines) -> list[Batch]:
+        read.extend(lines.widths.tolist())
+        return list(evaluation_batches(lines))
+
+    monkeypatch.setattr(stages, "evaluation_batches", batches)
     assert judge(work)[1] == pytest.approx(expected)
+    assert read == as_wide
 
 
 def test_lines_are_as_wide_as_they_are_where_the_champion_serves() -> None:
@@ -159,6 +172,24 @@ def test_lines_are_as_wide_as_they_are_where_the_champion_serves() -> None:
     wide = _squeezed(narrow, 320)
     assert wide.max_width == 320
     assert wide.widths.tolist() == lines.widths.tolist()
+
+
+def test_a_sweep_of_other_lines_has_them_read_by_the_champion(
+    exported: Exported, tmp_path: Path
+) -> None:
+    project = copy_of(exported, tmp_path / "copy")
+    other = ["--ratios", "0.6", "--set", "quantize=null", "--set", "data.val=12"]
+    result = project.frontier(*other)
+    assert "judge int8 finetune 0.6" in result["computed"]
+    assert "other lines" not in result["champion"]
+    client = client_of(project)
+    first = client.get_model_version("tiny", "1")
+    client.set_registered_model_alias("tiny", "champion", "1")
+    client.set_registered_model_tag("tiny", PROMOTED, "1")
+    shutil.rmtree(project.home / "stages" / first.tags["key"])
+    said = project.frontier(*other)["champion"]
+    lacking = "it was measured on other lines, and its file is not here to read these"
+    assert said == f"version 1 of tiny stays champion: {lacking}"
 
 
 def test_a_champion_that_lacks_a_character_is_judged_by_what_it_reads(
@@ -205,8 +236,11 @@ def test_an_alias_that_was_taken_back_by_hand_stays(exported: Exported, tmp_path
     said = project.frontier()["champion"]
     assert said == "version 2 of tiny stays champion: somebody gave it the alias by hand"
     client.set_registered_model_tag("tiny", PROMOTED, worse.version)
-    said = project.frontier()["champion"]
+    told = tmp_path / "told.json"
+    said = project.frontier("--set", f"notify.command=tee {told}")["champion"]
     assert said.startswith("version 1 of tiny is champion")
+    event = {"event": "champion", "experiment": "tiny", "reason": said}
+    assert json.loads(told.read_text()) == event
     assert client.get_registered_model("tiny").tags[PROMOTED] == "1"
 
 
@@ -248,8 +282,8 @@ def test_the_champion_serves_and_survives_bad_requests(exported: Exported, tmp_p
         status, by_path = request(address, {"dataframe_records": [{"path": str(image)}]})
         assert by_path["predictions"] == [first]
         refusals = {
-            "at most 1000 images": [{"image": encoded[:8]}] * 10_000,
-            "at most 20,000,000 bytes": [{"image": "A" * 100_000_000}],
+            "at most 1000 images": [{"image": encoded[:8]}] * 1001,
+            "at most 20,000,000 bytes": [{"image": "A" * 26_666_668}],
             "not base64": [{"image": "no base64!"}],
             "cannot be read": [{"image": base64.b64encode(b"no image").decode()}],
             "either image or path": [{"image": encoded, "path": str(image)}],

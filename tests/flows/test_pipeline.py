@@ -19,6 +19,7 @@ from tests.flows.conftest import (
     LONG,
     TINY,
     Project,
+    begun_by,
     children_of,
     client_of,
     copy_of,
@@ -213,14 +214,14 @@ STOPS = [
 
 
 def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
-    undisturbed: Project, tmp_path: Path
+    undisturbed: Project, finished: Finished, tmp_path: Path
 ) -> None:
     told = tmp_path / "told"
     # Who stops a run wants it stopped, not tried again, and need not be told that it failed.
     tried_again = {"execution": {**LONG["execution"], "retries": 1}}
     notified = {"notify": {"command": f"touch {told}"}}
     changes = {**LONG, **tried_again, **notified, "name": "stopped"}
-    project = new_project(tmp_path / "stopped", **changes)
+    project = begun_by(finished, tmp_path / "stopped", **changes)
     for stop, code, in_mlflow in STOPS:
         process = start_and_wait_for(project, "sparse: epoch")
         workers = children_of(process.pid)

@@ -25,6 +25,7 @@ from flows.locks import single_flight
 from flows.notice import notify
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import Project, copy_of, free_port, new_project, wait_for
+from tests.flows.test_tracking import without_store
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -44,9 +45,12 @@ def wait_until_said(log: Path, words: str, process: subprocess.Popen[str]) -> No
         time.sleep(0.2)
 
 
-def test_up_serves_both_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_serves_both_and_leaves_nothing(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PREFECT_API_URL")
-    project = new_project(tmp_path / "project", fresh=True)
+    project, store = without_store(finished, tmp_path / "project")
+    assert not store.exists()
     # Nothing on this machine is asked of a proxy: there is none at this address.
     project.environment = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "example"}
     mlflow, prefect = free_port(), free_port()
@@ -64,7 +68,7 @@ def test_up_serves_both_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert "has its servers already" in again.stderr
         other = new_project(tmp_path / "other")
         assert f"port {mlflow} is taken" in other.run("up", *ports, code=2).stderr
-        printed = project.frontier("--set", "ratios=[0.6]")
+        printed = project.frontier()
         assert printed["sweep_run"]
         runs = urllib.request.urlopen(
             urllib.request.Request(

@@ -1,6 +1,7 @@
 """Machines that share their finished stages: state folders of their own, one store, one Prefect."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import Project, new_project
+
+Finished = tuple[Project, dict[str, Any]]
 
 
 @pytest.fixture
@@ -38,8 +41,12 @@ def start(project: Project) -> subprocess.Popen[str]:
     return subprocess.Popen(command, start_new_session=True, **pipes, **project.options())
 
 
-def test_what_one_machine_has_computed_the_other_takes(tmp_path: Path, folder_store: str) -> None:
-    one, other = machines(tmp_path, folder_store)
+def test_what_one_machine_has_computed_the_other_takes(
+    finished: Finished, tmp_path: Path, folder_store: str
+) -> None:
+    one, other = machines(tmp_path, folder_store, ratios=[0.3, 0.6])
+    # It shares what it has computed before as well.
+    shutil.copytree(finished[0].home / "stages", one.home / "stages")
     first = one.frontier()
     second = other.frontier()
     assert second["computed"] == []

@@ -1,6 +1,7 @@
 """What a run leaves in MLflow, read back through MLflow's own client."""
 
 import json
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_a_store_that_cannot_be_reached_costs_nothing_and_is_filled_later(
     late = runs_of(project, "stage")["finetune 0.5"]
     history = client_of(project).get_metric_history(late.info.run_id, "train/loss")
     assert [m.step for m in history] == [1]
+
+
+def test_no_stage_waits_for_a_store_that_does_not_answer(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        warnings: list[str] = []
+        begun = time.monotonic()
+        tracker = Tracker("tiny", warnings.append)
+        for folder in project.home.glob("stages/*"):
+            tracker.finish(cache.verified(folder))
+        assert time.monotonic() - begun < 4, "the store is given five seconds to answer"
+        assert tracker.sweep("tiny", "sweep-1", [], {}, tmp_path) is None
+    assert len(warnings) == 1
 
 
 def test_a_store_that_cannot_be_written_is_one_sentence(finished: Finished, tmp_path: Path) -> None:
