@@ -7,9 +7,9 @@ is a frontier of cached stages with a setting or two changed, so that a comparis
 interrupted goes on where it was; only what benchmarks/cuts.py cuts is trained by the benchmark.
 What needs a strength has several tried with the first seed and keeps the one with the best mean
 accuracy, chosen on the val lines: that flatters it. As long as that is the weakest or the strongest
-of them, one more is tried beyond it. Every way but the published rules, which have none, leaves of
-each layer what `auto` leaves. With `controls={scratch: true, small: true}` each way whose
-cut is the pipeline's own has its controls.
+of them, one more is tried beyond it. All ways but the published rules, which have no floor, leave
+of each layer what `auto` leaves. With `controls={scratch: true, small: true}` each way whose cut is
+the pipeline's own has its controls.
 
 Processes with a core of their own share the stages, nearly twice as fast as one on two cores: start
 it as `taskset -c 0 ...` and, beside it, `taskset -c 1 ...`. Each does the benchmark's own
