@@ -150,11 +150,10 @@ def test_bad_samples_are_refused_or_skipped_and_listed(
     Image.new("RGB", (900, 32)).save(label_folder / "images" / "wide.png")
     with (label_folder / "val.txt").open("a", encoding="utf-8") as file:
         file.write("images/wide.png\t1\n")
-    # Refused once the data stage is done, which is all that is looked at.
-    skip = ("--set", "data.on_bad_sample=skip", "--set", "prune.min_ratio=0.9")
-    skipped = labelled.run("frontier", str(labelled.params), *skip, code=2)
+    skip = ("--json", "--set", "data.on_bad_sample=skip", "--ratios", "0.3")
+    skipped = labelled.run("frontier", str(labelled.params), *skip)
+    assert json.loads(skipped.stdout)["rows"][0]["val/samples"] == 9
     manifest = labelled.manifests()["data"]
-    assert manifest["metrics"]["data/val_samples"] == 9
     listed = labelled.home / "stages" / manifest["key"] / "bad_samples.csv"
     assert "train,images/gone.png,unreadable,cannot read image file" in listed.read_text()
     assert f"data: samples left out: 1, listed in {listed}" in skipped.stderr
