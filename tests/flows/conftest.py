@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import yaml
@@ -45,6 +45,9 @@ TINY: dict[str, Any] = {
     "finetune": {"epochs": 1, "batch_size": 16},
     "export": None,  # tests/flows/test_exports.py exports; elsewhere it would only take time.
 }
+
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -180,13 +183,28 @@ def wait_for(address: str, seconds: float = PATIENCE) -> bytes:
             time.sleep(0.3)
 
 
-def wait_for_epoch(project: Project, running: subprocess.Popen[str]) -> None:
-    """Until a running pipeline has finished an epoch of its sparse stage."""
+def wait_until(
+    finds: Callable[[], Found],
+    running: subprocess.Popen[str] | None = None,
+    log: Path | None = None,
+) -> Found:
+    """What is found as soon as it is something; before, the process must not end."""
     deadline = time.monotonic() + PATIENCE
-    while not list(project.home.glob("work/sparse-*/state.safetensors")):
-        assert running.poll() is None
-        assert time.monotonic() < deadline
+    while not (found := finds()):
+        said = log.read_text(encoding="utf-8") if log else ""
+        assert running is None or running.poll() is None, said
+        assert time.monotonic() < deadline, said
         time.sleep(0.05)
+    return found
+
+
+def wait_for_epoch(running: subprocess.Popen[str], *homes: Path) -> Path:
+    """State of a sparse stage that has finished an epoch, in one of these state folders."""
+
+    def states() -> list[Path]:
+        return [file for home in homes for file in home.glob("work/sparse-*/state.safetensors")]
+
+    return wait_until(states, running)[0]
 
 
 def children_of(pid: int, command: str = "flows.worker") -> list[int]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from tests.flows.conftest import (
     serve_prefect,
     wait_for,
     wait_for_epoch,
+    wait_until,
 )
 from tests.flows.test_store import machines, start, written
 
@@ -168,20 +169,15 @@ def ray(folder: Path, servers: dict[str, str]) -> Iterator[tuple[str, Workers]]:
     own = {**servers, "CRNN_SLIM_HOME": str(folder / "a")}
     try:
         with running(command, folder / "a.log", own) as head:
-            wait_for_port(port)
+            wait_until(lambda: listens(port))
             yield f"127.0.0.1:{port}", {"a": head}
     finally:
         shutil.rmtree(f"/tmp/ray-{port}", ignore_errors=True)
 
 
-def wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 CLUSTERS = {DASK: dask, RAY: ray}
@@ -234,7 +230,8 @@ def test_another_worker_goes_on_when_one_dies(tmp_path: Path, servers: dict[str,
         project = submitted(tmp_path, DASK, address, **LONG)
         project.environment = servers
         begun = start(project)
-        name = wait_for_worker(tmp_path, begun)
+        state = wait_for_epoch(begun, *(tmp_path / name for name in workers))
+        name = state.relative_to(tmp_path).parts[0]
         os.killpg(workers[name].pid, signal.SIGKILL)
         out, err = begun.communicate(timeout=PATIENCE)
         assert begun.returncode == 0, err
@@ -243,29 +240,16 @@ def test_another_worker_goes_on_when_one_dies(tmp_path: Path, servers: dict[str,
         assert set(TRAINED) & set(project.manifests()) <= set(computed)
 
 
-def wait_for_worker(folder: Path, begun: subprocess.Popen[str]) -> str:
-    """The worker that has finished an epoch of the sparse stage."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        assert begun.poll() is None
-        assert time.monotonic() < deadline
-        for name in ("a", "b"):
-            if list((folder / name).glob("work/sparse-*/state.safetensors")):
-                return name
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_workers_stop_with_the_run(tmp_path: Path, servers: dict[str, str], how: int) -> None:
     with dask(tmp_path, servers) as (address, _):
         project = submitted(tmp_path, DASK, address, **LONG)
         project.environment = servers
         begun = start(project)
-        name = wait_for_worker(tmp_path, begun)
+        state = wait_for_epoch(begun, tmp_path / "a", tmp_path / "b")
         begun.send_signal(how)
         begun.communicate(timeout=PATIENCE)
         assert begun.returncode
-        state = next((tmp_path / name).glob("work/sparse-*/state.safetensors"))
         time.sleep(8)
         written_at = state.stat().st_mtime
         time.sleep(4)
@@ -306,13 +290,6 @@ def test_the_workers_of_a_pool_share_what_two_runs_need(
     assert all(list((tmp_path / name / "reports").iterdir()) for name in ("a", "b"))
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-
-
 def test_a_cluster_that_does_not_answer_is_refused(tmp_path: Path, servers: dict[str, str]) -> None:
     project = submitted(tmp_path, DASK, f"tcp://127.0.0.1:{free_port()}")
     project.environment = servers
@@ -330,7 +307,7 @@ def test_another_machine_goes_on_when_one_dies(tmp_path: Path, servers: dict[str
     one, other = machines(tmp_path, "s3://slim/dies", **LONG)
     one.environment = other.environment = servers
     begun = start(one)
-    wait_for_epoch(one, begun)
+    wait_for_epoch(begun, one.home)
     os.killpg(begun.pid, signal.SIGKILL)
     begun.communicate()
     finished = other.run("frontier", str(other.params), "--json")
@@ -348,7 +325,7 @@ def test_a_machine_that_comes_back_late_changes_nothing(
     one, other = machines(tmp_path, "s3://slim/late", **LONG)
     one.environment = other.environment = servers
     late = start(one)
-    wait_for_epoch(one, late)
+    wait_for_epoch(late, one.home)
     workers = children_of(late.pid, "python")
     for pid in (late.pid, *workers):
         os.kill(pid, signal.SIGSTOP)

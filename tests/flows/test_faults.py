@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from flows.definitions import checkpoint_of
 from flows.experiment import Experiment
 from flows.stages.work import proven
 from tests.flows.commands import PATIENCE
-from tests.flows.conftest import TINY, Project, copy_of, new_project
+from tests.flows.conftest import TINY, Project, copy_of, new_project, wait_until
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -60,11 +59,7 @@ def test_samples_that_change_while_a_stage_reads_them_do_not_pass_for_the_old_on
     project = new_project(tmp_path / "project", data=data, ratios=[0.6])
     command = project.command("frontier", str(project.params))
     with subprocess.Popen(command, stderr=subprocess.PIPE, **project.options()) as running:
-        deadline = time.monotonic() + PATIENCE
-        while not list(project.home.glob("work/baseline-*")):
-            assert running.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: list(project.home.glob("work/baseline-*")), running)
         labels = label_folder / "train.txt"
         changed = tmp_path / "train.txt"
         changed.write_text(labels.read_text().replace("\t", "\t0"))

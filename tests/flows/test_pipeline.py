@@ -25,6 +25,7 @@ from tests.flows.conftest import (
     copy_of,
     new_project,
     runs_of,
+    wait_until,
 )
 
 Finished = tuple[Project, dict[str, Any]]
@@ -157,14 +158,6 @@ def start_and_wait_for(project: Project, text: str) -> subprocess.Popen[str]:
     pytest.fail(f"{text!r} was never printed")
 
 
-def wait_until_sparse_is_recorded(project: Project) -> None:
-    """Until MLflow, which no stage waits for, has the run of the sparse stage."""
-    deadline = time.monotonic() + PATIENCE
-    while "sparse" not in runs_of(project, "stage", "stopped"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def states_of_flows(project: Project) -> list[str]:
     """Prefect's states of all runs of a project, sorted."""
     code = (
@@ -226,7 +219,8 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
         process = start_and_wait_for(project, "sparse: epoch")
         workers = children_of(process.pid)
         assert workers
-        wait_until_sparse_is_recorded(project)
+        # No stage waits until MLflow has its run.
+        wait_until(lambda: "sparse" in runs_of(project, "stage", "stopped"))
         stop(process)
         # Tests run beside this one; what is promised, five seconds, the torture holds it to.
         deadline = time.monotonic() + 60

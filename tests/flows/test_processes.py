@@ -108,7 +108,7 @@ def begun(project: Project) -> subprocess.Popen[str]:
     """A pipeline as soon as an epoch of its sparse stage is done."""
     command = project.command("frontier", str(project.params))
     running = subprocess.Popen(command, **project.options())
-    wait_for_epoch(project, running)
+    wait_for_epoch(running, project.home)
     return running
 
 

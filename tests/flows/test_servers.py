@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,14 @@ from flows.experiment import NotifySettings
 from flows.locks import single_flight
 from flows.notice import notify
 from tests.flows.commands import PATIENCE
-from tests.flows.conftest import Project, copy_of, free_port, new_project, wait_for
+from tests.flows.conftest import (
+    Project,
+    copy_of,
+    free_port,
+    new_project,
+    wait_for,
+    wait_until,
+)
 from tests.flows.test_tracking import without_store
 
 Finished = tuple[Project, dict[str, Any]]
@@ -39,11 +45,7 @@ def started(project: Project, *arguments: str, log: Path) -> subprocess.Popen[st
 
 
 def wait_until_said(log: Path, words: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while words not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
+    wait_until(lambda: words in log.read_text(), process, log)
 
 
 def test_up_serves_both_and_leaves_nothing(
@@ -117,19 +119,15 @@ def test_a_cron_tick_fires_and_its_run_finishes(finished: Finished, tmp_path: Pa
 def finished_run(name: str) -> dict[str, Any]:
     """The first run of a deployment, as soon as it is over."""
     content = json.dumps({"deployments": {"name": {"any_": [name]}}}).encode()
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        request = urllib.request.Request(
-            f"{os.environ['PREFECT_API_URL']}/flow_runs/filter",
-            content,
-            {"Content-Type": "application/json"},
-        )
-        for run in json.loads(urllib.request.urlopen(request).read()):
-            if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED"):
-                found: dict[str, Any] = run
-                return found
-        time.sleep(1)
-    raise AssertionError("no run finished")
+    address = f"{os.environ['PREFECT_API_URL']}/flow_runs/filter"
+    request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
+    over = ("COMPLETED", "FAILED", "CRASHED")
+
+    def runs() -> list[dict[str, Any]]:
+        found = json.loads(urllib.request.urlopen(request).read())
+        return [run for run in found if run["state_type"] in over]
+
+    return wait_until(runs)[0]
 
 
 @pytest.mark.parametrize(
@@ -175,11 +173,7 @@ def test_a_run_whose_stage_dies_is_tried_again(tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = started(project, "frontier", str(project.params), log=log)
     kill = ["pkill", "-KILL", "-P", str(process.pid), "-f", "flows.worker"]
-    deadline = time.monotonic() + PATIENCE
-    while subprocess.run(kill).returncode:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+    wait_until(lambda: subprocess.run(kill).returncode == 0, process, log)
     assert process.wait(PATIENCE) == 0, log.read_text()
     assert "tried again in 0.1 s" in log.read_text()
 

@@ -15,8 +15,14 @@ from flows.definitions import VERSIONS
 from flows.project import identity
 from flows.tracking import STATE_FOLDER, Tracker
 from tests.flows import commands
-from tests.flows.commands import PATIENCE
-from tests.flows.conftest import Project, client_of, copy_of, new_project, runs_of
+from tests.flows.conftest import (
+    Project,
+    client_of,
+    copy_of,
+    new_project,
+    runs_of,
+    wait_until,
+)
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -178,10 +184,7 @@ def test_a_store_that_is_back_before_the_end_is_filled_by_the_same_run(
     tracker = Tracker("tiny", warnings.append)
     for folder in project.home.glob("stages/*"):
         tracker.finish(cache.verified(folder))
-    deadline = time.monotonic() + PATIENCE
-    while not warnings:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: warnings)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
     report = Path(finished[1]["report"])
     assert tracker.sweep("tiny", "sweep-1", finished[1]["rows"], {}, report)
@@ -214,11 +217,7 @@ def test_a_process_that_dies_while_it_makes_the_store_leaves_none(tmp_path: Path
     store = project.database
     unfinished = store.with_name("mlflow.db.unfinished")
     process = subprocess.Popen(project.command("gc"), stdout=subprocess.PIPE, **project.options())
-    deadline = time.monotonic() + PATIENCE
-    while not (unfinished.exists() and unfinished.stat().st_size):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_until(lambda: unfinished.exists() and unfinished.stat().st_size, process)
     process.kill()
     process.communicate()
     assert unfinished.exists()
