@@ -14,12 +14,12 @@ from flows import project, registry
 from flows.cache import LINES
 from flows.comparison import accuracy
 from flows.experiment import ChampionSettings, Experiment
-from flows.rows import ACCURACY, Row
+from flows.rows import ACCURACY, ONNX_LATENCY, Row
 from flows.tracking import Tracker
 
 RULES: dict[str, Callable[[Row], tuple[float, float]]] = {
     "smallest": lambda row: (row["cost/onnx_bytes"], -row[ACCURACY]),
-    "fastest": lambda row: (row["cost/onnx_latency_ms"], -row[ACCURACY]),
+    "fastest": lambda row: (row[ONNX_LATENCY], -row[ACCURACY]),
     "most_accurate": lambda row: (-row[ACCURACY], row["cost/onnx_bytes"]),
 }
 """What each rule makes small."""
@@ -42,7 +42,7 @@ def crown(
     tracker: Tracker,
     rows: Sequence[Row],
     sweep_run: str | None,
-    figures_of: Callable[[registry.Champion], Row | None],
+    figures_of: Callable[[registry.Champion, Row], Row | None],
 ) -> Crowned:
     """Give the alias to the best point of a sweep, if it beats the champion that there is.
 
@@ -51,8 +51,8 @@ def crown(
         tracker: Where MLflow is asked.
         rows: Of the frontier, the baseline first.
         sweep_run: MLflow run of the sweep, or None where MLflow could not be reached.
-        figures_of: Figures of the present champion on the val lines of these rows; None where its
-            file is not here.
+        figures_of: Figures of the present champion, to be compared with those of a row; None where
+            its file is needed for that and not here.
     """
     settings = experiment.champion
     if not settings or not experiment.export:
@@ -80,16 +80,16 @@ def _stays(
     best: Row,
     baseline: Row,
     settings: ChampionSettings,
-    figures_of: Callable[[registry.Champion], Row | None],
+    figures_of: Callable[[registry.Champion, Row], Row | None],
 ) -> str | None:
     """Why the champion stays what it is; None where the best point takes its place."""
     if reigning.by_hand:
         return "somebody gave it the alias by hand"
-    figures = figures_of(reigning)
-    if figures is None:
-        return "it was measured on other lines, and its file is not here to read these"
     if sha256(project.home() / best["onnx"]) == reigning.digest:
         return f"it is {_told(best)}"
+    figures = figures_of(reigning, best)
+    if figures is None:
+        return "it has to be measured anew, and its file is not here"
     if is_eligible(figures, baseline, settings) and not beats(best, figures, settings):
         return f"it has {_figures(figures)}, the best point of this sweep is {_told(best)}"
     return None
@@ -125,10 +125,7 @@ def _told(row: Row) -> str:
 
 
 def _figures(row: Row) -> str:
-    return (
-        f"{accuracy(row)}, {row['cost/onnx_bytes'] / 1e6:.2f} MB,"
-        f" {row['cost/onnx_latency_ms']:.2f} ms"
-    )
+    return f"{accuracy(row)}, {row['cost/onnx_bytes'] / 1e6:.2f} MB, {row[ONNX_LATENCY]:.2f} ms"
 
 
 def _candidate(
@@ -169,7 +166,7 @@ def model_card(experiment: Experiment, row: Row, digest: str) -> str:
             f"- Word accuracy: {accuracy(row)}, in %, 95% interval, greedy decoding,"
             f" {row['val/samples']:.0f} val lines",
             f"- File: {row['cost/onnx_bytes'] / 1e6:.2f} MB, sha256 {digest}",
-            f"- Latency: {row['cost/onnx_latency_ms']:.2f} ms a line of 32 x 128 px, one CPU"
+            f"- Latency: {row[ONNX_LATENCY]:.2f} ms a line of 32 x 128 px, one CPU"
             f" thread, on {row['timed_on']}",
             f"- Data: train {data.train}, val {data.val}",
             f"- Licence of the data: {data.licence or 'not stated'}",

@@ -28,7 +28,7 @@ from crnn.settings import (
 from flows import display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
-from flows.rows import EXPORTED, TRAINED, Variant
+from flows.rows import BEST, CHAMPION, EXPORTED, TRAINED, Variant
 
 Upstream = dict[str, Manifest]
 """Finished stages by the name of what they are to the next one."""
@@ -317,13 +317,22 @@ def measure_stage(network: Variant) -> Stage:
 def latency_stage(experiment: Experiment, networks: Sequence[Variant], seed: int) -> Stage:
     """All networks of a seed, timed side by side; seed is in the label alone.
 
-    The one stage with the machine in its key: its result is about that machine.
+    Of all stages the timing alone has the machine in its key: its result is about that machine.
     """
-    settings = {"timed_on": project.timing_ground()}
     trained = {f"{TRAINED} {n.point}": n.model for n in networks if not n.is_int8}
     exported = {f"{EXPORTED} {n.point}": n.exported for n in networks if n.exported}
-    label = f"latency{of_seed(experiment, seed)}"
-    return Stage("latency", label, settings, {**trained, **exported}, VERSIONS["latency"])
+    return _timing(f"latency{of_seed(experiment, seed)}", {**trained, **exported})
+
+
+def duel_stage(champion: Manifest, best: Manifest) -> Stage:
+    """The champion's file and another, timed side by side."""
+    names = {f"{EXPORTED} {CHAMPION}": champion, f"{EXPORTED} {BEST}": best}
+    return _timing(f"latency {champion.label} and {best.label}", names)
+
+
+def _timing(label: str, networks: Upstream) -> Stage:
+    settings = {"timed_on": project.timing_ground()}
+    return Stage("latency", label, settings, networks, VERSIONS["latency"])
 
 
 def _files(network: Variant, names: list[str]) -> Upstream:

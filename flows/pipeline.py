@@ -30,7 +30,19 @@ from flows.locks import single_flight
 from flows.notice import notify
 from flows.page import details_of
 from flows.registry import Champion
-from flows.rows import INT8, QAT, Row, Variant, base_point, mean_of_seeds, row_of
+from flows.rows import (
+    BEST,
+    CHAMPION,
+    INT8,
+    ONNX_LATENCY,
+    QAT,
+    Row,
+    Variant,
+    base_point,
+    mean_of_seeds,
+    row_of,
+    times_of,
+)
 from flows.runners import runner
 from flows.running import Context, bring, parallel_finetunes
 from flows.server import is_own
@@ -220,7 +232,7 @@ def _sweep(context: Context) -> Frontier:
     measured = {seed.seed: _measured(seed, variants) for seed, variants in shipped}
     rows = _of_all_seeds(measured)
     folder, sweep_run = _publish(context, rows)
-    figures_of = partial(_on_these_lines, context, samples)
+    figures_of = partial(_comparable, context, samples)
     # Of two sweeps that end at once, the second has to see the champion of the first.
     with single_flight(f"champion-{context.experiment.name}", context.stop.is_set, display.say):
         crowned = crown(context.experiment, context.tracker, rows, sweep_run, figures_of)
@@ -418,19 +430,38 @@ def _publish(context: Context, rows: list[Row]) -> tuple[Path, str | None]:
     return folder, sweep_run
 
 
-def _on_these_lines(context: Context, samples: Manifest, reigning: Champion) -> Row | None:
-    """Figures of the present champion on the val lines of a sweep; None where it is not here."""
-    if reigning.data == samples.key:
-        return reigning.figures
+def _comparable(context: Context, samples: Manifest, reigning: Champion, best: Row) -> Row | None:
+    """Figures of the present champion on the val lines of a sweep, timed beside its best point.
+
+    None where its file is needed for that and not here.
+    """
+    settings, figures = context.experiment.champion, dict(reigning.figures)
+    same_lines, timed = reigning.data == samples.key, settings and settings.rule == "fastest"
+    if same_lines and not timed:
+        return figures
     exported = cache.find(reigning.key, display.say)
     if exported is None:
         return None
     try:
-        judged = _result(context, tasks.judge.submit(context, samples, exported))
+        if not same_lines:
+            figures |= _result(context, tasks.judge.submit(context, samples, exported)).metrics
+        if timed:
+            figures |= _timed_beside(context, exported, best)
     except CheckpointError as error:  # Written by another version of this project.
         display.say(str(error))
         return None
-    return {**reigning.figures, **judged.metrics}
+    return figures
+
+
+def _timed_beside(context: Context, champion: Manifest, best: Row) -> Row:
+    """Latency of the champion, in proportion to what the best point is stated to take.
+
+    What it took when it was crowned says little: another machine, or other work beside it.
+    """
+    file = cache.verified((project.home() / best["onnx"]).parent)
+    times = times_of(_result(context, tasks.duel.submit(context, champion, file)))
+    of_champion, of_best = (times[name][ONNX_LATENCY] for name in (CHAMPION, BEST))
+    return {ONNX_LATENCY: best[ONNX_LATENCY] * of_champion / of_best}
 
 
 def _links(tracker: Tracker, rows: list[Row], sweep_run: str | None) -> str:

@@ -24,8 +24,13 @@ OVER_TORCH = "_over_torch"
 TIMED = ("latency/", "speedup/")
 """Before the names of figures of a latency stage."""
 
+ONNX_LATENCY = "cost/onnx_latency_ms"
+
 TRAINED, EXPORTED = "trained", "exported"
 """Before the name of a point: its checkpoint, and its file for other runtimes."""
+
+CHAMPION, BEST = "champion", "best"
+"""The present champion and the best point of a sweep, where they are timed beside each other."""
 
 CONTROLS = {"scratch": "the same architecture from scratch", "small": "an uncut network as small"}
 """What each kind of control is."""
@@ -97,10 +102,10 @@ def row_of(variant: Variant, cost: Manifest, times: Manifest) -> Row:
     if exported and variant.is_int8:
         row |= {"int8": True, **_named(exported, "val/"), "cost/bytes": row["cost/onnx_bytes"]}
     row["stages"] |= {"measure": cost.key, "latency": times.key}
-    return row | _times(times)[variant.point]
+    return row | times_of(times)[variant.point]
 
 
-def _times(times: Manifest) -> dict[str, dict[str, float]]:
+def times_of(times: Manifest) -> dict[str, dict[str, float]]:
     """What a latency stage found, by point."""
     found: dict[str, dict[str, float]] = json.loads(times.file(times.result).read_text("utf-8"))
     return found

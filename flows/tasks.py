@@ -107,6 +107,12 @@ def measure(context: Context, variant: Variant) -> Any:
     return _run_stage(context, definitions.measure_stage(variant))
 
 
+@task(cache_policy=NO_CACHE, task_run_name="latency {champion.label} and {best.label}")
+def duel(context: Context, champion: Manifest, best: Manifest) -> Any:
+    """Time the champion beside what may take its place."""
+    return _run_stage(context, definitions.duel_stage(champion, best))
+
+
 @task(cache_policy=NO_CACHE, task_run_name="latency{context.of_seed}")
 def latency(context: Context, variants: list[Variant]) -> Any:
     """Time all networks side by side."""

@@ -16,7 +16,7 @@ from crnn.data.images import HEIGHT
 from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import Recogniser
 from crnn.reading import load_exported
-from flows.rows import BASELINE, EXPORTED, INT8, OVER_TORCH
+from flows.rows import BASELINE, EXPORTED, INT8, ONNX_LATENCY, OVER_TORCH
 from flows.stages.work import Outcome, Work
 from pruning.cost import interleaved_ms
 
@@ -51,7 +51,7 @@ STATED_CASE = Case(threads=1, lines=1, width=128)
 STATED = {
     "torch": "cost/latency_ms",
     "deployed": "cost/latency_deployed_ms",
-    "onnx": "cost/onnx_latency_ms",
+    "onnx": ONNX_LATENCY,
 }
 """What tables and plots show: the median of one case, by runtime."""
 

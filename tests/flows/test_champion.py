@@ -188,8 +188,26 @@ def test_a_sweep_of_other_lines_has_them_read_by_the_champion(
     client.set_registered_model_tag("tiny", PROMOTED, "1")
     shutil.rmtree(project.home / "stages" / first.tags["key"])
     said = project.frontier(*other)["champion"]
-    lacking = "it was measured on other lines, and its file is not here to read these"
+    lacking = "it has to be measured anew, and its file is not here"
     assert said == f"version 1 of tiny stays champion: {lacking}"
+
+
+@pytest.mark.parametrize("milliseconds", [1e-6, 1e6])
+def test_what_a_champion_took_elsewhere_decides_nothing(
+    exported: Exported, tmp_path: Path, milliseconds: float
+) -> None:
+    project = copy_of(exported, tmp_path / "copy")
+    client = client_of(project)
+    version = client.get_model_version_by_alias("tiny", "champion")
+    figures = json.loads(version.tags["figures"]) | {"cost/onnx_latency_ms": milliseconds}
+    client.set_model_version_tag("tiny", version.version, "figures", json.dumps(figures))
+    fastest = ["--set", "champion={rule: fastest, within: 100}", "--set", "quantize=null"]
+    result = project.frontier(*fastest)
+    duel = next(n for n in result["computed"] if n.startswith("latency int8 finetune 0.6 and "))
+    folder = project.home / "stages" / project.manifests()[duel]["key"]
+    took = json.loads((folder / "latency.json").read_text())
+    stays = took["champion"]["cost/onnx_latency_ms"] <= took["best"]["cost/onnx_latency_ms"]
+    assert ("stays champion" in result["champion"]) == stays
 
 
 def test_a_champion_that_lacks_a_character_is_judged_by_what_it_reads(
