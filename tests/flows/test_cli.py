@@ -222,6 +222,27 @@ def test_predict_reads_files_and_folders(finished: Finished, pictures: Path) -> 
     assert "not read:" in every.stderr
 
 
+def test_predict_searches_as_it_is_told_to(
+    finished: Finished, pictures: Path, tmp_path: Path
+) -> None:
+    project, result = finished
+    model = str(project.home / result["rows"][0]["checkpoint"])
+    (pictures / "broken.png").unlink()
+    files = {name: tmp_path / name for name in ("words", "sevens", "ones")}
+    for name, content in (("words", "7\n1\n"), ("sevens", "777\n" * 9), ("ones", "111\n" * 9)):
+        files[name].write_text(content)
+
+    def texts(*arguments: object) -> list[str]:
+        run = project.run("predict", model, str(pictures), "--json", *map(str, arguments))
+        return [reading["text"] for reading in json.loads(run.stdout)["readings"]]
+
+    words = ("--lexicon", files["words"])
+    assert set(texts(*words)) <= {"7", "1"}
+    for name, digit in (("sevens", "7"), ("ones", "1")):
+        read = texts("--beam", 4, *words, "--language", files[name])
+        assert set(read) == {digit}
+
+
 def test_predict_goes_on_behind_a_file_name_that_is_not_utf_8(
     finished: Finished, pictures: Path, tmp_path: Path
 ) -> None:
@@ -252,6 +273,8 @@ def test_predict_reads_with_a_model_out_of_mlflow(finished: Finished, pictures: 
         (["{model}", "gone.png"], "no image at gone.png"),
         (["runs:/0/model.safetensors", "a.png"], "MLflow gives no artifact at runs:/0/model"),
         (["{model}", "{empty}"], "has no image files"),
+        (["{model}", "a.png", "--lexicon", "gone"], "cannot read gone: No such file"),
+        (["{model}", "a.png", "--lexicon", "{params}"], "is in the charset of the model"),
     ],
 )
 def test_predict_refuses_what_it_cannot_read(

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from crnn.charset import Charset
-from crnn.checkpoint import Checkpoint, load_checkpoint, reader_of
+from crnn.checkpoint import Checkpoint, load_checkpoint, reader_of, save_checkpoint
 from crnn.data.render import render_line
 from crnn.export import export_onnx
+from crnn.files import sha256
 from crnn.reading import Reader, load_exported
 from crnn.settings import ExportSettings
 from flows import cache, definitions, project
 from flows.experiment import load_experiment
-from flows.rows import BASELINE, Variant
+from flows.rows import BASELINE, TRAINED, Variant
 from flows.stages.export import (
     TOLERANCE,
     _are_tied,
@@ -26,6 +27,8 @@ from flows.stages.export import (
     _write_program,
     opened,
 )
+from flows.stages.latency import latency
+from flows.stages.work import Work
 from tests.conftest import CORES, DIGITS, on_cores, random_recogniser, rendered_lines
 from tests.flows.conftest import Project, copy_of, points_of, squeeze, work_of
 
@@ -56,6 +59,18 @@ def test_of_all_stages_the_timing_alone_depends_on_the_machine(
     there, timed_there = keys()
     assert here == there
     assert timed_here != timed_there
+
+
+def test_a_network_that_ships_without_its_branches_is_timed_in_both_forms(tmp_path: Path) -> None:
+    file = tmp_path / "repvgg.safetensors"
+    model = random_recogniser(1, backbone="repvgg_a0").float()
+    save_checkpoint(file, Checkpoint(model, Charset("0123456789"), 160, BASELINE))
+    given = {"file": str(file), "sha256": sha256(file)}
+    job = {"inputs": {f"{TRAINED} {BASELINE}": given}, "cpus": 1}
+    figures = json.loads((tmp_path / latency(Work(job, tmp_path, tmp_path, print))[0]).read_text())
+    both = {"cost/latency_ms", "cost/latency_deployed_ms"}
+    assert both <= set(figures[BASELINE])
+    assert all(figures[BASELINE][name] > 0 for name in both)
 
 
 def test_every_point_is_exported_measured_and_reads_the_same(

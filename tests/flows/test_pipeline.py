@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
@@ -324,10 +324,15 @@ def test_what_is_cached_is_found_without_torch(finished: Finished) -> None:
 def test_a_trained_checkpoint_of_one_s_own_is_taken_as_the_baseline(
     finished: Finished, tmp_path: Path
 ) -> None:
+    """Trained elsewhere, it is: its tensors have the article's names."""
     source = finished[0]
     key = source.manifests()["baseline"]["key"]
+    trained = source.home / "stages" / key / "model.safetensors"
+    tensors = {n.replace("cnn.", "backbone.feature."): t for n, t in load_file(trained).items()}
+    save_file(tensors, theirs := tmp_path / "theirs.safetensors")
+    (charset := tmp_path / "charset.txt").write_text("0123456789")
     own = tmp_path / "own.safetensors"
-    shutil.copy(source.home / "stages" / key / "model.safetensors", own)
+    source.run("convert-checkpoint", str(theirs), str(own), "--charset", str(charset))
     project = new_project(
         tmp_path / "p", baseline={"checkpoint": str(own), "epochs": 0}, ratios=[0.3]
     )

@@ -12,6 +12,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -116,18 +117,47 @@ def test_a_cron_tick_fires_and_its_run_finishes(finished: Finished, tmp_path: Pa
     assert list(project.home.glob("reports/ticking/sweep-*/report.html"))
 
 
+def of_deployment(name: str, kind: str) -> list[dict[str, Any]]:
+    """What Prefect has of a deployment: `flow_runs`, or `deployments` for itself."""
+    content = json.dumps({"deployments": {"name": {"any_": [name]}}}).encode()
+    address = f"{os.environ['PREFECT_API_URL']}/{kind}/filter"
+    request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        found: list[dict[str, Any]] = json.loads(answer.read())
+    return found
+
+
 def finished_run(name: str) -> dict[str, Any]:
     """The first run of a deployment, as soon as it is over."""
-    content = json.dumps({"deployments": {"name": {"any_": [name]}}}).encode()
-    address = f"{os.environ['PREFECT_API_URL']}/flow_runs/filter"
-    request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
     over = ("COMPLETED", "FAILED", "CRASHED")
+    return wait_until(
+        lambda: [run for run in of_deployment(name, "flow_runs") if run["state_type"] in over]
+    )[0]
 
-    def runs() -> list[dict[str, Any]]:
-        found = json.loads(urllib.request.urlopen(request).read())
-        return [run for run in found if run["state_type"] in over]
 
-    return wait_until(runs)[0]
+def test_a_schedule_says_to_prefect_what_becomes_of_runs_that_overlap(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "project", name="overlapping")
+    arguments = ["schedule", str(project.params), "--cron", "0 2 1 1 *", "--overlap"]
+
+    def known(limit: int | None, strategy: str | None) -> bool:
+        """Whether Prefect has the deployment with this limit of runs at a time."""
+        found = of_deployment("overlapping", "deployments")
+        limits = [(d["global_concurrency_limit"] or {}).get("limit") for d in found]
+        strategies = [(d["concurrency_options"] or {}).get("collision_strategy") for d in found]
+        return (limits, strategies) == ([limit], [strategy])
+
+    for overlap, as_known in (
+        ("skip", partial(known, 1, "CANCEL_NEW")),
+        ("queue", partial(known, 1, "ENQUEUE")),
+        ("allow", partial(known, None, None)),
+    ):
+        log = tmp_path / overlap
+        scheduler = started(project, *arguments, overlap, log=log)
+        try:
+            wait_until(as_known, scheduler, log)
+        finally:
+            scheduler.send_signal(signal.SIGINT)
+            scheduler.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(
