@@ -16,6 +16,9 @@ from tests.conftest import CORES, on_cores
 
 PLAIN = TrainSettings(epochs=1, batch_size=4)
 
+on_one_core_too = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")
+"""Two loaders are what is tested; where there is one core, PyTorch finds them too many."""
+
 
 def test_an_epoch_has_every_line_once(lines: Lines) -> None:
     for batches in (training_batches(lines, PLAIN, 0, 0), evaluation_batches(lines, 4)):
@@ -58,6 +61,7 @@ def test_the_memory_of_an_epoch_does_not_grow_with_its_lines(
     assert most_bytes(32) < 1.1 * most_bytes(2)
 
 
+@on_one_core_too
 def test_order_and_pixels_depend_on_seed_and_epoch_alone(lines: Lines) -> None:
     def epoch(seed: int, number: int, workers: int = 0) -> list[torch.Tensor]:
         batches = training_batches(replace(lines, workers=workers), PLAIN, seed, number)
@@ -101,6 +105,7 @@ def test_a_label_that_changed_since_it_was_checked_is_one_sentence(lines: Lines)
         list(evaluation_batches(digits))
 
 
+@on_one_core_too
 def test_loaders_share_what_the_first_look_at_a_label_file_found(
     label_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
