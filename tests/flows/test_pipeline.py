@@ -321,18 +321,22 @@ def test_what_is_cached_is_found_without_torch(finished: Finished) -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_trained_checkpoint_of_one_s_own_is_taken_as_the_baseline(
-    finished: Finished, tmp_path: Path
+    finished: Finished, tmp_path: Path, elsewhere: bool
 ) -> None:
-    """Trained elsewhere, it is: its tensors have the article's names."""
+    """As this program wrote it, or trained elsewhere: its tensors have the article's names."""
     source = finished[0]
     key = source.manifests()["baseline"]["key"]
     trained = source.home / "stages" / key / "model.safetensors"
-    tensors = {n.replace("cnn.", "backbone.feature."): t for n, t in load_file(trained).items()}
-    save_file(tensors, theirs := tmp_path / "theirs.safetensors")
-    (charset := tmp_path / "charset.txt").write_text("0123456789")
     own = tmp_path / "own.safetensors"
-    source.run("convert-checkpoint", str(theirs), str(own), "--charset", str(charset))
+    if elsewhere:
+        tensors = {n.replace("cnn.", "backbone.feature."): t for n, t in load_file(trained).items()}
+        save_file(tensors, theirs := tmp_path / "theirs.safetensors")
+        (charset := tmp_path / "charset.txt").write_text("0123456789")
+        source.run("convert-checkpoint", str(theirs), str(own), "--charset", str(charset))
+    else:
+        shutil.copy(trained, own)
     project = new_project(
         tmp_path / "p", baseline={"checkpoint": str(own), "epochs": 0}, ratios=[0.3]
     )
