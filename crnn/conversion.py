@@ -27,7 +27,7 @@ UNREADABLE = (
 """What a file that is no state dict leads its reader to raise."""
 
 RULES = (
-    (re.compile(r"(?:.*\.)?features?\.(\d+\.\w+)"), r"cnn.\1"),
+    (re.compile(r"(?:.*\.)?(?:features?|cnn)\.(\d+\.\w+)"), r"cnn.\1"),
     (re.compile(r"(?:.*\.)?((?:weight|bias)_[ih]h_l[01](?:_reverse)?)"), r"rnn.\1"),
     (re.compile(r"(?:.*\.)?(?:fc|linear|head|classifier|embedding)\.(weight|bias)"), r"head.\1"),
 )
@@ -90,8 +90,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise CheckpointError(
-            f"{path} is no plain state dict ({(str(error) or 'it is empty').splitlines()[0]});"
-            " save model.state_dict() with torch.save"
+            f"{path} is no plain state dict: it is damaged, or holds more than tensors, as a whole"
+            " model does; save model.state_dict() with torch.save"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

@@ -32,13 +32,16 @@ def ned(texts: Sequence[str], labels: Sequence[str]) -> float:
     return sum(Levenshtein.normalized_similarity(t, label) for t, label in pairs) / len(labels)
 
 
-def wilson_interval(share: float, count: float) -> tuple[float, float]:
-    """95% score interval of a share seen in `count` trials (Wilson 1927); (0, 1) of no trials."""
+def wilson_interval(share: float, count: float, z: float = Z_95) -> tuple[float, float]:
+    """Score interval of a share seen in `count` trials (Wilson 1927); (0, 1) of no trials.
+
+    z is the quantile: that of 95% unless told otherwise.
+    """
     if count == 0:
         return 0.0, 1.0
-    centre = share + Z_95**2 / (2 * count)
-    spread = Z_95 * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
-    scale = 1 + Z_95**2 / count
+    centre = share + z**2 / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
     # At shares of 0 and 1 one bound is the share itself; rounding must not push it past.
     return max(0.0, min(share, (centre - spread) / scale)), min(
         1.0, max(share, (centre + spread) / scale)

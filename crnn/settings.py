@@ -35,7 +35,8 @@ class Settings(BaseModel):
     def _true_is_not_1(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
         kinds = (kind, *get_args(kind))
-        if isinstance(value, bool) and bool not in kinds:
+        is_section = any(isinstance(k, type) and issubclass(k, Settings) for k in kinds)
+        if isinstance(value, bool) and bool not in kinds and not (value and is_section):
             off = value is False and type(None) in kinds
             raise ValueError("null switches it off" if off else "takes no true or false")
         return value
@@ -91,7 +92,8 @@ class ModelSettings(Settings):
     """Architecture before any cut.
 
     backbone is vgg13, whose channels width multiplies, or the name of a convolutional network of
-    timm, which has the channels it has.
+    timm, which has the channels it has. hidden is the number of units of each of the two LSTM
+    layers in each direction.
     """
 
     backbone: str = VGG13
@@ -120,7 +122,12 @@ class ModelSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """One run of the training loop: AdamW on a one-cycle schedule."""
+    """One run of the training loop: AdamW on a one-cycle schedule.
+
+    The learning rate rises to learning_rate over the first warmup of all steps and falls to zero by
+    the last. clip_norm is the largest norm of the gradient. precision auto is mixed, where the
+    machine computes faster so.
+    """
 
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)] = 32

@@ -18,9 +18,9 @@ from flows.rows import ACCURACY, ONNX_LATENCY, Row
 from flows.tracking import Tracker
 
 RULES: dict[str, Callable[[Row], tuple[float, float]]] = {
-    "smallest": lambda row: (row["cost/onnx_bytes"], -row[ACCURACY]),
+    "smallest": lambda row: (file_bytes(row), -row[ACCURACY]),
     "fastest": lambda row: (row[ONNX_LATENCY], -row[ACCURACY]),
-    "most_accurate": lambda row: (-row[ACCURACY], row["cost/onnx_bytes"]),
+    "most_accurate": lambda row: (-row[ACCURACY], file_bytes(row)),
 }
 """What each rule makes small."""
 
@@ -110,8 +110,18 @@ def is_eligible(row: Row, baseline: Row, settings: ChampionSettings) -> bool:
     """Whether a network is good enough, and small enough, to be champion at all."""
     lost = 100 * (baseline[ACCURACY] - row[ACCURACY])
     accurate = settings.rule == "most_accurate" or lost <= settings.within + 1e-9
-    small = row["cost/onnx_bytes"] <= 1e6 * (settings.max_mb or math.inf)
+    small = file_bytes(row) <= 1e6 * (settings.max_mb or math.inf)
     return bool(accurate and small and row[ACCURACY] > 0)
+
+
+def file_bytes(row: Row) -> float:
+    """Size of the file that a point ships: of several seeds', the first one's."""
+    return float(_of_file(row)["cost/onnx_bytes"])
+
+
+def _of_file(row: Row) -> Row:
+    """Figures of the network whose file a point ships; the row itself where there is one seed."""
+    return next(iter(row.get("seeds", {"": row}).values()))
 
 
 def beats(row: Row, figures: Row, settings: ChampionSettings) -> bool:
@@ -125,7 +135,7 @@ def _told(row: Row) -> str:
 
 
 def _figures(row: Row) -> str:
-    return f"{accuracy(row)}, {row['cost/onnx_bytes'] / 1e6:.2f} MB, {row[ONNX_LATENCY]:.2f} ms"
+    return f"{accuracy(row)}, {file_bytes(row) / 1e6:.2f} MB, {row[ONNX_LATENCY]:.2f} ms"
 
 
 def _candidate(
@@ -135,7 +145,8 @@ def _candidate(
     run = tracker.ask(tracker.point_run, sweep_run, row["point"]) or sweep_run
     card = model_card(experiment, row, sha256(onnx))
     example = _first_val_line(experiment, project.stages_folder() / row["stages"]["data"] / LINES)
-    return registry.Candidate(experiment.name, row, onnx, run, card, example)
+    shipped = {**row, "cost/onnx_bytes": file_bytes(row)}
+    return registry.Candidate(experiment.name, shipped, onnx, run, card, example)
 
 
 def _first_val_line(experiment: Experiment, usable: Path) -> bytes:
@@ -153,7 +164,8 @@ def model_card(experiment: Experiment, row: Row, digest: str) -> str:
     own = experiment.sparse.from_baseline and given
     network = f"that of {Path(own).name}" if own else experiment.model.backbone
     form = "int8" if "int8" in row else "float32"
-    cut = row.get("prune/ratio_achieved", 0)
+    shipped = _of_file(row)
+    cut = shipped.get("prune/ratio_achieved", 0)
     stages = ", ".join(f"{name} {key}" for name, key in row["stages"].items())
     return "\n".join(
         [
@@ -162,10 +174,10 @@ def model_card(experiment: Experiment, row: Row, digest: str) -> str:
             "Reads one line of printed text from an image (CRNN: convolutions, BiLSTM, CTC).",
             "",
             f"- Network: {network}, {100 * cut:.1f}% of the channels cut,"
-            f" {row['cost/params_total'] / 1e6:.3f} M parameters, {form}",
+            f" {shipped['cost/params_total'] / 1e6:.3f} M parameters, {form}",
             f"- Word accuracy: {accuracy(row)}, in %, 95% interval, greedy decoding,"
-            f" {row['val/samples']:.0f} val lines",
-            f"- File: {row['cost/onnx_bytes'] / 1e6:.2f} MB, sha256 {digest}",
+            f" {row['val/samples']:.0f} val lines{_of_seeds(row)}",
+            f"- File: {file_bytes(row) / 1e6:.2f} MB, sha256 {digest}",
             f"- Latency: {row[ONNX_LATENCY]:.2f} ms a line of 32 x 128 px, one CPU"
             f" thread, on {row['timed_on']}",
             f"- Data: train {data.train}, val {data.val}",
@@ -176,3 +188,11 @@ def model_card(experiment: Experiment, row: Row, digest: str) -> str:
             f"- Made by: commit {project.git_commit()}; {stages}",
         ]
     )
+
+
+def _of_seeds(row: Row) -> str:
+    """Whose the accuracy is, where it is not the file's alone."""
+    if not (seeds := row.get("seeds")):
+        return ""
+    own = f"seed {next(iter(seeds))}'s, which reads {100 * _of_file(row)[ACCURACY]:.1f}%"
+    return f", the mean of seeds {', '.join(seeds)}; this file is {own}"

@@ -104,7 +104,7 @@ def check_data(params: ParamsFile, set: Overrides = None, as_json: AsJson = Fals
             )
         for sample in bad:
             print(f"  {sample['split']} {sample['name']}: {sample['reason']} ({sample['detail']})")
-    if bad:
+    if bad and experiment.data.on_bad_sample == "refuse":  # Else a run leaves them out.
         raise typer.Exit(2)
 
 
@@ -115,6 +115,7 @@ def preview(
     """Show what each ratio would keep, from the cached sparse checkpoint, without training."""
     experiment = _experiment(params, set, ratios)
     from flows.preview import preview as look
+    from flows.report import asked_and_got
 
     seen = look(experiment)
     if as_json:
@@ -124,7 +125,7 @@ def preview(
     print(verdict["sentence"])
     if seen["free_ratio"] < verdict["free_ratio"]:
         print(f"with the settings of prune no live channel goes up to {seen['free_ratio']:g}")
-    header = ["point", "cut", "live channels cut", "params", "MACs", "size"]
+    header = ["point", "cut", "asked / got", "live channels cut", "params", "MACs", "size"]
     _print_table(
         f"{experiment.name}: cuts of the sparse network",
         header,
@@ -132,6 +133,7 @@ def preview(
             [
                 c["point"],
                 f"{100 * c['ratio_achieved']:.1f}%",
+                asked_and_got(c),
                 str(c["live_removed"]),
                 f"{c['params'] / 1e6:.3f} M",
                 f"{c['macs'] / 1e6:.1f} M",
@@ -292,6 +294,8 @@ def convert_checkpoint(
     from crnn.checkpoint import save_checkpoint
     from crnn.conversion import convert
 
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; name the checkpoint to write in it")
     converted = convert(state, Charset.load(charset), max_width)
     save_checkpoint(target, converted)
     count = sum(parameter.numel() for parameter in converted.model.parameters())
@@ -348,8 +352,12 @@ def ui(
 
 @app.command()
 def up(
-    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-    prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
+    mlflow_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of MLflow on 127.0.0.1.")
+    ] = 5000,
+    prefect_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of Prefect on 127.0.0.1.")
+    ] = 4200,
 ) -> None:
     """Serve MLflow's and Prefect's pages on the project's stores, until Ctrl-C."""
     from flows import project
@@ -392,15 +400,16 @@ def schedule(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with servers.prefect() as api:
         os.environ["PREFECT_API_URL"] = api
-        from flows.schedule import serve
+        from flows.schedule import schedules, serve
 
+        times = schedules(cron, timezone)
         page = api.removesuffix("/api")
         print(f"{experiment.name} runs at {', '.join(cron)} ({timezone}), on {page}")
         print(
             "its settings can be changed there, and a run be started; Ctrl-C ends this", flush=True
         )
         with contextlib.suppress(KeyboardInterrupt):
-            serve(experiment, cron, timezone, overlap)
+            serve(experiment, times, overlap)
     print(f"{experiment.name} is no longer scheduled")
 
 

@@ -62,6 +62,7 @@ def _refuse_different_data(sweeps: dict[str, list[Row]]) -> None:
     others = [title for title, key in data.items() if key != data[first]]
     if others:
         raise UserError(
-            f"{', '.join(others)} read other samples than {first}, so that their accuracies do not"
-            " compare; --different-data shows them side by side all the same"
+            f"{', '.join(others)} read other samples than {first}, or read them otherwise (charset,"
+            " max_width, on_bad_sample), so that their accuracies do not compare;"
+            " --different-data shows them side by side all the same"
         )

@@ -18,16 +18,24 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
     """One sentence for each point that has controls.
 
     Args:
-        rows: Of the frontier, each control's point named after its kind and the point it is for.
+        rows: Of one frontier or several, each control's point named after its kind and the point
+            it is for.
     """
-    points = {row["point"]: row for row in rows}
+    points = {_place(row): row for row in rows}
     sentences = []
-    for point, slimmed in points.items():
-        controls = {kind: points.get(f"{kind} {point}") for kind in CONTROLS}
+    for (frontier, point), slimmed in points.items():
+        controls = {kind: points.get((frontier, f"{kind} {point}")) for kind in CONTROLS}
         against = [_against(slimmed, row, CONTROLS[kind]) for kind, row in controls.items() if row]
         if against:
-            sentences.append(f"{point}: slimmed {accuracy(slimmed)}; {'; '.join(against)}.")
+            name = slimmed["point"]
+            sentences.append(f"{name}: slimmed {accuracy(slimmed)}; {'; '.join(against)}.")
     return sentences
+
+
+def _place(row: Row) -> tuple[str, str]:
+    """The frontier of a row, where there are several, and the name of its point there."""
+    frontier = row.get("frontier", "")
+    return frontier, row["point"].removeprefix(f"{frontier} ")
 
 
 def _where_timed(rows: Sequence[Row]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from crnn.charset import Charset
 from crnn.data import images
 from crnn.data.sources import Dataset, Shards, open_source
-from crnn.errors import CheckpointError, PassingError, SettingsError, Stopping, never
+from crnn.errors import CheckpointError, DataError, PassingError, SettingsError, Stopping, never
 from crnn.files import sha256, write_atomic
 from crnn.settings import (
     VGG13,
@@ -28,7 +28,7 @@ from crnn.settings import (
 from flows import display, project
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
-from flows.rows import BEST, CHAMPION, EXPORTED, TRAINED, Variant
+from flows.rows import BEST, CHAMPION, EXPORTED, TIMED_THREADS, TRAINED, Variant
 
 Upstream = dict[str, Manifest]
 """Finished stages by the name of what they are to the next one."""
@@ -81,7 +81,13 @@ def data_stage(experiment: Experiment, stopping: Stopping = never) -> Stage:
 
 def given_charset(settings: DataSettings) -> Charset | None:
     """The charset of the file; None where the training labels give it."""
-    return Charset.load(Path(settings.root) / settings.charset) if settings.charset else None
+    if not settings.charset:
+        return None
+    try:
+        return Charset.load(Path(settings.root) / settings.charset)
+    except DataError as error:
+        mend = "mend data.charset, or leave it out to take the characters of the training labels"
+        raise DataError(f"{error}; {mend}") from error
 
 
 def of_seed(experiment: Experiment, seed: int) -> str:
@@ -176,7 +182,10 @@ def target_stage(
     experiment: Experiment, sparse: Manifest, kind: str, value: float, seed: int
 ) -> Stage:
     """The ratio that meets a target."""
-    settings = {"prune": _pruning(experiment), "kind": kind, "value": value}
+    pruning = _pruning(experiment)
+    for name in ("compensate", "calibration_lines"):  # Of the lines a cut reads: none is read here.
+        pruning.pop(name, None)
+    settings = {"prune": pruning, "kind": kind, "value": value}
     label = f"target {point_of_target(kind, value)}{of_seed(experiment, seed)}"
     return Stage("target", label, settings, {"sparse": sparse}, VERSIONS["target"])
 
@@ -229,13 +238,17 @@ def control_stage(experiment: Experiment, kind: str, upstream: Upstream, seed: i
         seed: Of weights, data order and augmentation.
     """
     settings = _training(experiment.baseline, seed)
-    uncut_epochs, inputs = experiment.sparse.epochs, dict(upstream)
+    uncut_epochs, inputs = 0, dict(upstream)
     epochs = settings["train"].pop("epochs")
     settings["train"].pop("distill", None)  # A control has no teacher.
     if _baseline_is_needed(experiment):
         uncut_epochs += epochs
     else:
         del inputs["baseline"]
+    if experiment.sparse.from_baseline:
+        uncut_epochs += experiment.sparse.epochs
+    else:  # Of a network by the settings, which a baseline from a checkpoint need not be.
+        settings["fresh_epochs"] = experiment.sparse.epochs
     settings |= {
         "uncut_epochs": uncut_epochs,
         "taught_epochs": _taught_epochs(experiment),
@@ -331,7 +344,10 @@ def duel_stage(champion: Manifest, best: Manifest) -> Stage:
 
 
 def _timing(label: str, networks: Upstream) -> Stage:
-    settings = {"timed_on": project.timing_ground()}
+    settings = {
+        "timed_on": project.timing_ground(),
+        "threads": [count for count in TIMED_THREADS if count <= len(project.cores())],
+    }
     return Stage("latency", label, settings, networks, VERSIONS["latency"])
 
 

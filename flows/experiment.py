@@ -3,12 +3,13 @@
 import difflib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from crnn.errors import SettingsError
@@ -48,8 +49,19 @@ def _address(text: str) -> str:
     host, _, port = text.rpartition(":")
     labels = all(re.fullmatch(r"[A-Za-z0-9_-]{1,63}", label) for label in host.split("."))
     if not (labels and re.fullmatch(r"[1-9][0-9]{0,4}", port) and int(port) < 2**16):
-        raise ValueError(f"rendezvous is host:port, such as first.example:29400, not {text!r}")
+        raise ValueError("rendezvous is host:port, such as first.example:29400")
     return text
+
+
+def _matching(pattern: str, rule: str) -> AfterValidator:
+    """Text that begins as a pattern does, or a ValueError that states the rule."""
+
+    def check(text: str) -> str:
+        if not re.match(pattern, text):
+            raise ValueError(rule)
+        return text
+
+    return AfterValidator(check)
 
 
 def _command(text: str) -> str:
@@ -62,11 +74,18 @@ def _command(text: str) -> str:
     return text
 
 
+STORES = "a store is an address that begins with s3://, gs://, az:// or file://"
+WEBHOOKS = "a webhook is an address that begins with http:// or https://"
+NAMES = "a name has letters, digits, _ and - alone, and begins with a letter or a digit"
+
 LOCAL: Final = "local"
 
 
 class ExecutionSettings(Settings):
     """How to use the machines. Nothing here changes a result beyond rounding, or a cache key.
+
+    parallel is how many cut networks are trained side by side, and loader_workers how many processes
+    prepare the lines of each training.
 
     Each training is spread over so many processes, each with a share of every batch; on a machine
     with GPUs, one for each of them. Where nodes says so, up to so many machines train together, the
@@ -88,7 +107,7 @@ class ExecutionSettings(Settings):
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     nodes: Annotated[int, Field(ge=1, le=64)] = 1
     rendezvous: Annotated[str, AfterValidator(_address)] | None = None
-    store: Annotated[str, Field(pattern=r"^(s3|gs|az|file)://.")] | None = None
+    store: Annotated[str, _matching(r"(s3|gs|az|file)://.", STORES)] | None = None
     runner: Literal["local", "dask", "ray"] = LOCAL
     cluster: Annotated[str, Field(min_length=1)] | None = None
     retries: Annotated[int, Field(ge=0, le=10)] = 0
@@ -140,7 +159,7 @@ class NotifySettings(Settings):
     """
 
     command: Annotated[str, AfterValidator(_command)] | None = None
-    webhook: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    webhook: Annotated[str, _matching("https?://", WEBHOOKS)] | None = None
 
 
 class ChampionSettings(Settings):
@@ -175,7 +194,7 @@ class Experiment(Settings):
             training and fine-tuning.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    name: Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z", NAMES)]
     seed: Seed = 0
     seeds: Seeds | None = None
     ratios: Ratios = RATIOS
@@ -285,8 +304,13 @@ def _keep_controls_of(tree: dict[str, Any], ratios: Sequence[float]) -> None:
 PLAIN = {
     "tag:yaml.org,2002:bool": re.compile("(?:true|True|TRUE|false|False|FALSE)$"),
     "tag:yaml.org,2002:int": re.compile("[-+]?(?:0|[1-9][0-9_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"""[-+]?(?: [0-9]+\.[0-9]* | \.[0-9]+ | [0-9]+(?=[eE]) ) (?:[eE][-+]?[0-9]+)? $
+        | [-+]?\.(?:inf|Inf|INF) $ | \.(?:nan|NaN|NAN) $""",
+        re.VERBOSE,
+    ),
 }
-"""What YAML 1.2 takes for these, where YAML 1.1, which PyYAML reads, takes more."""
+"""What YAML 1.2 takes for these; PyYAML reads 1.1, where `yes` is true and 1e-3 is text."""
 
 NO_DATES = "tag:yaml.org,2002:timestamp"
 """A date is text: no setting is one."""
@@ -295,6 +319,16 @@ NOT_YAML = (yaml.YAMLError, ValueError, IndexError, RecursionError)
 """What PyYAML raises; the last three where a value is not of its tag, as in `!!int abc`."""
 
 UNION_MEMBERS = ("str", "constrained-int", "literal['auto']", "int")
+
+LITERAL = "literal_error"
+KINDS = {
+    "string_type": "text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "tuple_type": "a list in brackets",
+}
+"""Pydantic's errors of values of another kind, and what is needed."""
 
 
 class _PlainYaml(yaml.SafeLoader):
@@ -323,7 +357,7 @@ _PlainYaml.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern in PLAIN.items():
-    _PlainYaml.add_implicit_resolver(_tag, _pattern, list("tTfF-+0123456789"))
+    _PlainYaml.add_implicit_resolver(_tag, _pattern, list("tTfF-+.0123456789"))
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -359,17 +393,11 @@ def _explain(errors: Sequence[ErrorDetails]) -> str:
         error = same[-1]
     where = ".".join(parts)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0)
-        return (
-            f"unknown key {where!r}; did you mean {near[0]!r}?"
-            if near
-            else f"unknown key {where!r}"
-        )
+        return f"unknown key {where!r}; {_hint(parts)}"
     if error["type"] == "missing":
         return f"key {where!r} is needed; add it to the file or with --set {where}=..."
-    if error["type"] == "tuple_type":
-        return f"{where}: a list is needed, in brackets, not {error['input']!r}"
+    if needed := _needed(parts, same):
+        return f"{where}: {needed} is needed, not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     # A rule over a whole section names its values itself.
     value = "" if isinstance(error["input"], dict) else f", not {error['input']!r}"
@@ -377,12 +405,48 @@ def _explain(errors: Sequence[ErrorDetails]) -> str:
     return f"{place}{message[0].lower()}{message[1:]}{value}"
 
 
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+def _needed(parts: Sequence[str], errors: Sequence[ErrorDetails]) -> str | None:
+    """What is needed in place of a value of another kind; None where its kind is right."""
+    types = [error["type"] for error in errors]
+    if types == ["model_type"]:
+        field = _section(parts[:-1])[parts[-1]]
+        off = type(None) in get_args(field.annotation)
+        return "a section" + ", or null, which switches it off," * off
+    if types == ["too_short"]:
+        return f"at least {errors[0]['ctx']['min_length']} item"
+    kinds = [e["ctx"]["expected"] if e["type"] == LITERAL else KINDS.get(e["type"]) for e in errors]
+    known = [kind for kind in kinds if kind]
+    return " or ".join(known) if len(known) == len(kinds) and types != [LITERAL] else None
+
+
+def _hint(parts: Sequence[str]) -> str:
+    """Where a key that does not exist may have been meant to be."""
+    *sections, key = parts
+    known = _section(sections)
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean {near[0]!r}?"
+    if elsewhere := [path for path in _all_keys() if path.rpartition(".")[2] == key]:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _section(path: Sequence[str]) -> dict[str, FieldInfo]:
+    """The keys of a section."""
     model: type[BaseModel] = Experiment
     for part in path:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            return []
-        candidates = [field.annotation, *get_args(field.annotation)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+        model = next(iter(_models(model.model_fields[part])))
+    return model.model_fields
+
+
+def _all_keys(path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every key with its sections before it, such as baseline.epochs."""
+    for key, field in _section(path).items():
+        yield ".".join((*path, key))
+        if _models(field):
+            yield from _all_keys((*path, key))
+
+
+def _models(field: FieldInfo) -> list[type[BaseModel]]:
+    """What a section is made into; nothing where the field holds a value."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]

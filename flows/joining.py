@@ -14,7 +14,6 @@ from flows import children, definitions, display, group, project
 from flows.children import ChildDiedError
 from flows.experiment import Experiment
 from flows.locks import seats, single_flight
-from flows.running import cores
 
 JOINED = "joined"
 """Work folder and lock of a training that another machine leads."""
@@ -96,7 +95,7 @@ def _take_part(
         ChildDiedError: It went on without this machine, or the one that leads is gone.
         StoppedError: stop was set.
     """
-    execution, allowed = experiment.execution, cores()
+    execution, allowed = experiment.execution, project.cores()
     folder = project.work_folder() / JOINED
     with (
         single_flight(JOINED, stop.is_set, display.say) as lock,

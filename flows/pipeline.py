@@ -169,6 +169,15 @@ def _warn_beyond_target(experiment: Experiment) -> None:
 def _warn_of_what_does_not_count(experiment: Experiment) -> None:
     """Say which of the settings have no effect, or not all that one would think."""
     sparse, controls = experiment.sparse, experiment.controls
+    if experiment.export is None:
+        for section in ("quantize", "champion"):
+            if getattr(experiment, section) not in (None, _default(section)):
+                display.say(f"{section} is not used: export is null")
+    own = experiment.baseline.checkpoint and sparse.from_baseline
+    if own and experiment.model != _default("model"):
+        display.say("model is not used: the network is that of baseline.checkpoint")
+    if experiment.finetune.distill and not experiment.finetune.epochs:
+        display.say("finetune.distill is not used: finetune.epochs is 0")
     default = SparseSettings.model_fields["target_ratio"].default
     if sparse.method != "auto" and sparse.target_ratio != default:
         display.say(
@@ -180,6 +189,10 @@ def _warn_of_what_does_not_count(experiment: Experiment) -> None:
             f"the controls get less than slimming had: what went into {' and '.join(trained)}"
             " before is not known, and not counted"
         )
+
+
+def _default(section: str) -> Any:
+    return Experiment.model_fields[section].default
 
 
 def _persistently(context: Context) -> Frontier:
@@ -276,7 +289,7 @@ def _upstream(context: Context, stages: dict[str, Manifest]) -> Upstream:
 
 
 def _start_points(context: Context, upstream: Upstream) -> dict[str, dict[str, Any]]:
-    """Begin the cuts and controls of one seed.
+    """Make the cuts of one seed, and begin what is trained of them, and the controls.
 
     Returns:
         By the name of the point the stages behind it, as manifests or futures of them; the last
@@ -284,11 +297,13 @@ def _start_points(context: Context, upstream: Upstream) -> dict[str, dict[str, A
     """
     samples, thin = upstream.stages["data"], upstream.sparse
     points: dict[str, dict[str, Any]] = {"baseline": upstream.stages}
-    for name, ratio, wish in upstream.points:
-        cutting: Any = tasks.prune.submit(context, samples, thin, ratio)
-        made_of = {**upstream.stages, "prune": cutting}
+    begun = [tasks.prune.submit(context, samples, thin, ratio) for _, ratio, _ in upstream.points]
+    # A cut takes seconds: one that cannot be made is said before hours of training on the others.
+    cuts = [_result(context, future) for future in begun]
+    for (name, ratio, wish), pruned in zip(upstream.points, cuts, strict=True):
+        made_of = {**upstream.stages, "prune": pruned}
         tuning = tasks.finetune.submit(context, ratio, made_of)
-        stages = {"data": samples, "sparse": thin, **wish, "prune": cutting, "finetune": tuning}
+        stages = {"data": samples, "sparse": thin, **wish, "prune": pruned, "finetune": tuning}
         points[name] = stages
         for kind in [] if wish else context.experiment.controls.kinds(ratio):
             training = tasks.control.submit(context, kind, ratio, made_of)
@@ -410,8 +425,10 @@ def _publish(context: Context, rows: list[Row]) -> tuple[Path, str | None]:
         The report's folder, and the sweep's run where MLflow could be reached.
     """
     experiment = context.experiment
-    # A point that was measured anew makes another sweep: what is recorded is never changed.
-    content = json.dumps([experiment.name, rows])
+    # What is recorded is never changed: a point that was measured anew makes another sweep, and so
+    # do the settings that no stage depends on, but the page and the model card show.
+    shown = experiment.model_dump(mode="json", include={"champion": True, "data": {"licence"}})
+    content = json.dumps([experiment.name, rows, shown])
     key = f"sweep-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     folder = project.reports_folder() / experiment.name / key
     details = partial(details_of, experiment, rows, context.computed)

@@ -23,6 +23,7 @@ def check(experiment: Experiment) -> tuple[dict[str, dict[str, int]], list[dict[
         event = {"event": "step", "phase": f"checking {split}", "step": done, "steps": total}
         display.show("check-data", event)
 
+    definitions.open_sources(experiment)
     charset = definitions.given_charset(experiment.data)
     checked = check_splits(experiment.data, experiment.seed, charset, STRIDE, show)
     display.end("check-data")
@@ -41,19 +42,24 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     sparse = find_sparse(experiment)
     from crnn.checkpoint import checkpoint_bytes
     from flows.stages.sparse import free_ratio, plan
-    from flows.stages.targets import ratio_for
+    from flows.stages.targets import figures
     from pruning.cost import as_it_ships, macs, parameters
     from pruning.gammas import absolute_gammas, widths
     from pruning.readiness import live_removed
     from pruning.slimming import slim
 
-    index = sparse.file(sparse.result)
-    points = [(f"{ratio:g}", ratio) for ratio in experiment.ratios]
+    index, seed = sparse.file(sparse.result), experiment.training_seeds[0]
+    points: list[tuple[str, float, dict[str, float]]] = [
+        (f"{ratio:g}", ratio, {}) for ratio in experiment.ratios
+    ]
     for kind, value in experiment.prune.targets.wishes().items():
-        ratio, _ = ratio_for(index, kind, value, experiment.prune)
-        points.append((definitions.point_of_target(kind, value), ratio))
+        stage = definitions.target_stage(experiment, sparse, kind, value, seed)
+        # A latency that was found stays found, whatever it would be now.
+        found = cache.find(stage.key, display.say)
+        wish = found.metrics if found else figures(index, kind, value, experiment.prune)
+        points.append((definitions.point_of_target(kind, value), wish["target/ratio"], wish))
     cuts = []
-    for point, ratio in points:
+    for point, ratio, wish in points:
         uncut, masks = plan(index, ratio, experiment.prune)
         model = slim(uncut.model, masks, experiment.prune)
         kept, shipped = list(widths(model).values()), as_it_ships(model)
@@ -61,6 +67,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
             {
                 "point": point,
                 "ratio": ratio,
+                **wish,
                 "ratio_achieved": 1 - sum(kept) / sum(widths(uncut.model).values()),
                 "widths": kept,
                 "live_removed": live_removed(absolute_gammas(uncut.model), masks),

@@ -75,7 +75,7 @@ def configure_environment() -> None:
     Both read the environment when they are imported, so this comes first.
 
     Raises:
-        SettingsError: The state folder is where SQLite's addresses cannot say.
+        SettingsError: The state folder is a file, or where SQLite's addresses cannot say.
     """
     root = home()
     if "?" in str(root):
@@ -83,6 +83,8 @@ def configure_environment() -> None:
             f"the path of the state folder, {root}, has a '?', which an address of SQLite cannot"
             " have; set CRNN_SLIM_HOME to another"
         )
+    if root.exists() and not root.is_dir():
+        raise SettingsError(f"the state folder, {root}, is a file; set CRNN_SLIM_HOME to a folder")
     mlflow_store().parent.mkdir(parents=True, exist_ok=True)
     defaults = {
         "PREFECT_HOME": str(root / "prefect"),
@@ -120,6 +122,16 @@ def git_commit() -> str:
         return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def cores() -> list[int]:
+    """Cores this process may use: fewer than the machine has under an affinity or a container."""
+    every = range(os.cpu_count() or 1)
+    own = sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every)
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return own[: max(1, int(quota) // int(period))]
+    return own
 
 
 def processor() -> str:

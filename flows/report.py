@@ -387,7 +387,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             [
                 row["point"],
                 "-" if cut is None else f"{100 * cut:.1f}%",
-                *([_wish(row)] if wishes else []),
+                *([asked_and_got(row)] if wishes else []),
                 accuracy(row),
                 *([f"{100 * row[SPREAD]:.2f}" if SPREAD in row else "-"] if spread else []),
                 "-" if unseen is None else f"{100 * unseen:.1f}%",
@@ -405,8 +405,8 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def _wish(row: Row) -> str:
-    """What a target asked for, and what the search found for it."""
+def asked_and_got(row: Row) -> str:
+    """What a target asked for, and what the search found for it; "-" of any other point."""
     names = (REQUESTED, "target/achieved")
     if REQUESTED not in row:
         return "-"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from scipy.special import stdtrit
+
 from crnn.metrics import wilson_interval
 from flows import project
 from flows.cache import Manifest
@@ -23,6 +25,9 @@ OVER_TORCH = "_over_torch"
 
 TIMED = ("latency/", "speedup/")
 """Before the names of figures of a latency stage."""
+
+TIMED_THREADS = (1, 2)
+"""Numbers of CPU threads that latency is taken with, where there are so many cores."""
 
 ONNX_LATENCY = "cost/onnx_latency_ms"
 
@@ -128,7 +133,7 @@ def _cut_figures(variant: Variant, control: str | None) -> dict[str, float]:
     if pruned is None:
         return {"prune/ratio_requested": 0.0, "prune/ratio_achieved": 0.0}
     figures = _named(pruned, "prune/")
-    if control or variant.is_int8:
+    if control or variant.is_int8 or "qat" in variant.stages:  # The cut has a row of its own.
         names = ("prune/ratio_requested", "prune/ratio_achieved", "prune/channels_kept")
         return {name: figures[name] for name in names}
     return {**figures, "prune/word_accuracy_untuned": pruned.metrics[ACCURACY]}
@@ -138,7 +143,7 @@ def mean_of_seeds(rows: Mapping[int, Row]) -> Row:
     """One row for a point that was computed with several seeds.
 
     Figures are means. `val/word_accuracy_std` is the sample standard deviation over the seeds, and
-    what each seed came to is under "seeds". The checkpoint is that of the first seed.
+    what each seed came to is under "seeds". Checkpoint and export are those of the first seed.
 
     Args:
         rows: The point's row of each seed; of a single one it is returned as it is.
@@ -174,8 +179,9 @@ def interval_of_seeds(accuracies: list[float], lines: float) -> tuple[float, flo
     All seeds read the same lines, so more seeds are not more lines: the variance of the mean is
     p (1 - p) / lines, from the lines, plus std^2 / seeds, from the seeds. It is the score interval
     (Wilson 1927) of the number of lines that alone would give this variance, the effective sample
-    size (Kish 1965, Survey Sampling, section 8.2). Deviation: std is taken as known, though two or
-    three seeds tell it roughly.
+    size (Kish 1965, Survey Sampling, section 8.2). As a few seeds tell std but roughly, the normal
+    quantile is Student's t of as many degrees of freedom as the sum has (Welch 1947; Satterthwaite
+    1946): that of the lines is taken as known.
 
     Args:
         accuracies: Of each seed, at least two.
@@ -184,8 +190,11 @@ def interval_of_seeds(accuracies: list[float], lines: float) -> tuple[float, flo
     share = mean(accuracies)
     from_lines = share * (1 - share) / lines
     from_seeds = stdev(accuracies) ** 2 / len(accuracies)
-    effective = lines * from_lines / (from_lines + from_seeds) if from_seeds else lines
-    return wilson_interval(share, effective)
+    if not from_seeds:
+        return wilson_interval(share, lines)
+    variance = from_lines + from_seeds
+    degrees = (len(accuracies) - 1) * (variance / from_seeds) ** 2
+    return wilson_interval(share, lines * from_lines / variance, float(stdtrit(degrees, 0.975)))
 
 
 def figures_in(row: Row) -> dict[str, float]:

@@ -6,7 +6,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,22 +137,12 @@ def parallel_finetunes(experiment: Experiment) -> int:
     """
     if experiment.execution.nodes > 1:
         return 1
-    count = len(cores())
+    count = len(project.cores())
     if experiment.execution.parallel != "auto":
         return min(experiment.execution.parallel, count)
     if shutil.which("nvidia-smi"):
         return 1
     return count // math.ceil(count / 4)
-
-
-def cores() -> list[int]:
-    """Cores this process may use: fewer than the machine has under an affinity or a container."""
-    every = range(os.cpu_count() or 1)
-    own = sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every)
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return own[: max(1, int(quota) // int(period))]
-    return own
 
 
 def find_or_compute(
@@ -179,7 +168,7 @@ def find_or_compute(
         manifest = cache.find(stage.key, log)
         cached = manifest is not None
         if manifest is None:
-            allowed = cores()
+            allowed = project.cores()
             sharing = stage.name in definitions.SHARING
             parallel = parallel_finetunes(context.experiment) if sharing else 1
             # As many for each, as no bit of a result may hang on which came first.

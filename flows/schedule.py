@@ -28,17 +28,13 @@ RETRIES = 2
 """Of a scheduled run, where the experiment does not say how many."""
 
 
-def serve(experiment: Experiment, crons: Sequence[str], timezone: str, overlap: Overlap) -> None:
+def serve(experiment: Experiment, times: Sequence[Schedule], overlap: Overlap) -> None:
     """Run an experiment whenever its time comes, until this process is stopped.
 
     Args:
         experiment: Its definition, the defaults of the form in Prefect's pages.
-        crons: When.
-        timezone: Of the crons, such as Europe/Berlin.
+        times: When.
         overlap: Whether a run is skipped, waits or begins while the last one is under way.
-
-    Raises:
-        SettingsError: A cron or timezone that Prefect does not understand.
     """
     limit = (
         ConcurrencyLimitConfig(limit=1, collision_strategy=STRATEGIES[overlap])
@@ -47,7 +43,7 @@ def serve(experiment: Experiment, crons: Sequence[str], timezone: str, overlap: 
     )
     frontier.serve(
         name=experiment.name,
-        schedules=[_schedule(cron, timezone) for cron in crons],
+        schedules=list(times),
         parameters={"experiment": parameters_of(experiment)},
         global_limit=limit,
         entrypoint_type=EntrypointType.MODULE_PATH,
@@ -55,15 +51,21 @@ def serve(experiment: Experiment, crons: Sequence[str], timezone: str, overlap: 
     )
 
 
-def _schedule(cron: str, timezone: str) -> Schedule:
-    try:
-        CronSchedule(cron=cron, timezone=timezone)
-    except ValueError as error:
-        raise SettingsError(
-            f"--cron {cron!r} with --timezone {timezone!r} is no schedule; five fields are needed,"
-            " such as '0 2 * * *', and a timezone such as Europe/Berlin"
-        ) from error
-    return Cron(cron, timezone=timezone)
+def schedules(crons: Sequence[str], timezone: str) -> list[Schedule]:
+    """What Prefect makes of crons, in a timezone such as Europe/Berlin.
+
+    Raises:
+        SettingsError: A cron or timezone that Prefect does not understand.
+    """
+    for cron in crons:
+        try:
+            CronSchedule(cron=cron, timezone=timezone)
+        except ValueError as error:
+            raise SettingsError(
+                f"--cron {cron!r} with --timezone {timezone!r} is no schedule; five fields are"
+                " needed, such as '0 2 * * *', and a timezone such as Europe/Berlin"
+            ) from error
+    return [Cron(cron, timezone=timezone) for cron in crons]
 
 
 def parameters_of(experiment: Experiment) -> dict[str, Any]:

@@ -324,6 +324,7 @@ def open_source(settings: DataSettings, split: str, seed: int) -> Dataset | Shar
     """
     place = settings.train if split == "train" else settings.val
     if isinstance(place, int):
+        fonts_for(settings.text.alphabet)  # What cannot be drawn is said once, not of every line.
         return Rendered(place, 2 * seed + (split == "val"), settings.text)
     root = Path(settings.root)
     if not root.is_dir():

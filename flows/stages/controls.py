@@ -37,10 +37,11 @@ def small(work: Work) -> Outcome:
 
 
 def _train_control(work: Work, pruned: Recogniser, model: Recogniser) -> dict[str, float]:
-    uncut, spent = _uncut(work, pruned), work.settings
-    has_teacher = "teacher" in work.job["inputs"]
-    teacher = load_checkpoint(work.input("teacher")).model if has_teacher else uncut
+    built, spent = Recogniser(pruned.settings, pruned.classes), work.settings
+    uncut = load_checkpoint(work.input("baseline")).model if _has(work, "baseline") else built
+    teacher = load_checkpoint(work.input("teacher")).model if _has(work, "teacher") else uncut
     total = spent["uncut_epochs"] * macs(uncut) + spent["cut_epochs"] * macs(pruned)
+    total += spent.get("fresh_epochs", 0) * macs(built)
     # A teacher only reads: one pass more, where training is three (forward and twice backward).
     total += (spent.get("teacher_epochs", 0) + spent["taught_epochs"] / 3) * macs(teacher)
     epochs = epochs_for(total, macs(model))
@@ -49,11 +50,8 @@ def _train_control(work: Work, pruned: Recogniser, model: Recogniser) -> dict[st
     return {**train(work, model, settings)[1], "control/epochs": float(epochs)}
 
 
-def _uncut(work: Work, pruned: Recogniser) -> Recogniser:
-    """A network of the architecture that the sparse stage trained."""
-    if "baseline" in work.job["inputs"]:  # It may be a checkpoint narrower than its settings.
-        return load_checkpoint(work.input("baseline")).model
-    return Recogniser(pruned.settings, pruned.classes)
+def _has(work: Work, name: str) -> bool:
+    return name in work.job["inputs"]
 
 
 def epochs_for(total: float, macs_of_control: int) -> int:

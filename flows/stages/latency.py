@@ -20,7 +20,6 @@ from flows.rows import BASELINE, EXPORTED, INT8, ONNX_LATENCY, OVER_TORCH
 from flows.stages.work import Outcome, Work
 from pruning.cost import interleaved_ms
 
-THREADS = (1, 2)
 SHAPES = ((1, 64), (1, 128), (1, 256), (32, 128))
 """Lines at a time, and their width in pixels."""
 
@@ -79,11 +78,7 @@ def latency(work: Work) -> Outcome:
         baseline in the same runtime, and as the baseline in torch.
     """
     candidates = _candidates(work)
-    cases = [
-        Case(threads, *shape)
-        for threads, shape in product(THREADS, SHAPES)
-        if threads <= work.job["cpus"]
-    ]
+    cases = [Case(threads, *shape) for threads, shape in product(work.settings["threads"], SHAPES)]
     figures: dict[str, dict[str, float]] = {candidate.point: {} for candidate in candidates}
     for number, case in enumerate(cases):
         torch.set_num_threads(case.threads)

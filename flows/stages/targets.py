@@ -17,11 +17,15 @@ from pruning.slimming import slim
 def target(work: Work) -> Outcome:
     """Find the ratio of one target. A stage, so that a measured latency is measured once."""
     settings = PruneSettings.model_validate(work.settings["prune"])
-    kind, value = work.settings["kind"], work.settings["value"]
-    ratio, achieved = ratio_for(work.input("sparse"), kind, value, settings)
-    figures = {"target/requested": value, "target/achieved": achieved, "target/ratio": ratio}
-    work.write_json("target.json", figures)
-    return "target.json", figures
+    found = figures(work.input("sparse"), work.settings["kind"], work.settings["value"], settings)
+    work.write_json("target.json", found)
+    return "target.json", found
+
+
+def figures(index: Path, kind: str, value: float, settings: PruneSettings) -> dict[str, float]:
+    """What was asked for, what the cut that meets it costs, and its ratio; see ratio_for."""
+    ratio, achieved = ratio_for(index, kind, value, settings)
+    return {"target/requested": value, "target/achieved": achieved, "target/ratio": ratio}
 
 
 def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> tuple[float, float]:

@@ -45,11 +45,20 @@ def elsewhere() -> Elsewhere:
     return Elsewhere().eval()
 
 
+def own_name(name: str) -> str:
+    """The name that a tensor has in this program's checkpoints."""
+    part = {"backbone.feature": "cnn", "neck.lstm": "rnn", "head.fc": "head"}
+    return next(name.replace(old, new) for old, new in part.items() if name.startswith(old))
+
+
 SAVERS: dict[str, Callable[[dict[str, Tensor], Path], Any]] = {
     "plain.pth": torch.save,
     "wrapped.pth": lambda tensors, path: torch.save({"state_dict": tensors, "epoch": 3}, path),
     "parallel.pth": lambda tensors, path: torch.save(
         {f"module.{name}": tensor for name, tensor in tensors.items()}, path
+    ),
+    "own.pth": lambda tensors, path: torch.save(
+        {own_name(name): tensor for name, tensor in tensors.items()}, path
     ),
     "plain.safetensors": save_file,
 }

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from crnn.data.batches import Batch, Lines, evaluation_batches
 from crnn.data.render import render_line
 from crnn.data.sources import open_source
-from flows.champion import _first_val_line, beats, best_of
+from flows.champion import _first_val_line, beats, best_of, model_card
 from flows.experiment import ChampionSettings, load_experiment
 from flows.project import timing_ground
 from flows.registry import PROMOTED
@@ -78,6 +78,31 @@ def test_the_rule_chooses(settings: dict[str, Any], best: str | None) -> None:
     assert (chosen and chosen["point"]) == best
 
 
+def of_seeds(point: str) -> dict[str, Any]:
+    """The mean of two seeds, of which the first one's file is the larger."""
+    both = {
+        "0": {"cost/onnx_bytes": 1.1e6, "cost/params_total": 3e5, "val/word_accuracy": 0.98},
+        "3": {"cost/onnx_bytes": 0.7e6, "cost/params_total": 1e5, "val/word_accuracy": 0.92},
+    }
+    ends = {"val/word_accuracy_low": 0.9, "val/word_accuracy_high": 0.99, "val/samples": 100.0}
+    stated = {"cost/params_total": 2e5, "timed_on": "a CPU", "stages": {}}
+    return {**row(point, 0.95, 0.9e6, 1.0), **ends, **stated, "seeds": both}
+
+
+def test_of_several_seeds_the_limit_is_for_the_file_that_ships() -> None:
+    rows = [ROWS[0], of_seeds("0.62")]
+    assert best_of(rows, ChampionSettings(max_mb=1)) is None
+    assert best_of(rows, ChampionSettings(max_mb=1.2)) == rows[1]
+
+
+def test_the_card_of_a_mean_says_so_and_what_its_own_file_is(tiny: Path) -> None:
+    card = model_card(load_experiment(tiny), of_seeds("0.62"), "digest")
+    assert "0.300 M parameters" in card
+    assert "- File: 1.10 MB, sha256 digest" in card
+    whose = "95.0% (90.0-99.0), in %, 95% interval, greedy decoding, 100 val lines, the mean of"
+    assert f"{whose} seeds 0, 3; this file is seed 0's, which reads 98.0%" in card
+
+
 def test_a_network_that_reads_nothing_is_no_champion() -> None:
     assert best_of([row("baseline", 0.0, 1, 1)], ChampionSettings()) is None
 
@@ -101,6 +126,9 @@ def test_the_champion_is_registered_once_and_only_a_better_one_follows(
     assert again["champion"].startswith("version 1 of tiny stays champion: it is ")
     other = project.frontier("--set", "champion={rule: most_accurate, max_mb: 0.001}")
     assert other["champion"].startswith("no champion: no exported point is small")
+    assert other["computed"] == []
+    chosen = [(Path(r["report"]) / "report.html").read_text() for r in (again, other)]
+    assert ['"champion": null' in page for page in chosen] == [False, True], "pages are of a rule"
     larger = project.frontier("--set", "quantize=null")
     assert "stays champion: it has" in larger["champion"]
     client = client_of(project)

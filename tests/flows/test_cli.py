@@ -17,7 +17,7 @@ from PIL import Image
 
 from crnn.checkpoint import load_checkpoint
 from pruning.gammas import absolute_gammas
-from tests.flows.conftest import Project, free_port, new_project, runs_of, wait_for
+from tests.flows.conftest import Project, copy_of, free_port, new_project, runs_of, wait_for
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -151,6 +151,10 @@ def test_bad_samples_are_refused_or_skipped_and_listed(
     with (label_folder / "val.txt").open("a", encoding="utf-8") as file:
         file.write("images/wide.png\t1\n")
     skip = ("--json", "--set", "data.on_bad_sample=skip", "--ratios", "0.3")
+    check = ("check-data", str(labelled.params))
+    found = labelled.run(*check, code=2).stdout
+    assert "train images/gone.png: unreadable" in found
+    assert labelled.run(*check, "--set", "data.on_bad_sample=skip").stdout == found
     skipped = labelled.run("frontier", str(labelled.params), *skip)
     assert json.loads(skipped.stdout)["rows"][0]["val/samples"] == 9
     manifest = labelled.manifests()["data"]
@@ -185,6 +189,19 @@ def test_preview_shows_the_cuts_the_pipeline_makes(finished: Finished) -> None:
     assert table.startswith("a cut of up to 0.6")
     first_layer = next(line for line in table.splitlines() if " cnn.1 " in line)
     assert first_layer.count("█") >= 2, "half the channels of a layer are two blocks of four"
+
+
+def test_a_ratio_beyond_the_floors_is_said_before_others_are_trained(
+    finished: Finished, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "copy")
+    before = set(project.manifests())
+    floors = ("--set", "prune.min_ratio=0.5", "--ratios", "0.35,0.6")
+    refused = project.run("frontier", str(project.params), *floors, code=2)
+    assert "ratio 0.6" in refused.stderr
+    trained = {path.name for path in project.home.glob("stages/finetune-*")}
+    known = {project.manifests()[label]["key"] for label in before if "finetune" in label}
+    assert trained <= known
 
 
 def test_preview_needs_a_sparse_stage_and_a_ratio_within_the_floors(

@@ -10,7 +10,7 @@ import yaml
 from crnn.errors import UserError
 from flows import project
 from flows.compare import compare
-from flows.comparison import remarks
+from flows.comparison import comparisons, remarks
 from flows.report import subject, table_cells
 from tests.flows.conftest import TINY
 from tests.flows.test_report import row
@@ -40,6 +40,17 @@ def test_points_of_all_sweeps_are_on_one_pareto_set(tmp_path: Path) -> None:
     }
     assert {path.suffix for path in folder.iterdir()} == {".csv", ".md", ".json", ".png", ".html"}
     assert "other/bbbb 0.5" in (folder / "frontier.md").read_text()
+
+
+def test_controls_are_compared_within_each_sweep() -> None:
+    for name, key in (("tiny", "aaaa11"), ("other", "bbbb22")):
+        sweep(name, key, 3.0)
+        (path,) = (project.reports_folder() / name).glob("*/frontier.json")
+        rows = json.loads(path.read_text())
+        path.write_text(json.dumps([*rows, {**rows[1], "point": "small 0.5", "control": "small"}]))
+    said = comparisons(compare(["tiny", "other"])[0])
+    assert [line.split(":")[0] for line in said] == ["tiny/aaaa 0.5", "other/bbbb 0.5"]
+    assert all("slimming is level with it" in line for line in said)
 
 
 def test_sweeps_with_and_without_exports_compare_by_what_both_have() -> None:

@@ -255,20 +255,23 @@ def test_the_file_of_a_network_that_was_not_cut_names_no_ratio(
         ({}, {"uncut_epochs": 6, "taught_epochs": 4, "cut_epochs": 1}),
         ({"sparse": {"epochs": 4, "distill": 0}}, {"uncut_epochs": 6, "taught_epochs": 0}),
         ({"finetune": {"epochs": 3, "distill": 1}}, {"taught_epochs": 7, "cut_epochs": 3}),
-        ({"sparse": {"epochs": 4, "from_baseline": False}}, {"uncut_epochs": 4}),
+        (
+            {"sparse": {"epochs": 4, "from_baseline": False}},
+            {"uncut_epochs": 0, "fresh_epochs": 4},
+        ),
         (
             {
                 "sparse": {"epochs": 4, "from_baseline": False},
                 "finetune": {"epochs": 1, "distill": 1},
             },
-            {"uncut_epochs": 6, "taught_epochs": 1},
+            {"uncut_epochs": 2, "fresh_epochs": 4, "taught_epochs": 1},
         ),
         (
             {
                 "sparse": {"epochs": 4, "from_baseline": False},
                 "finetune": {"epochs": 0, "distill": 1},
             },
-            {"uncut_epochs": 4, "taught_epochs": 0},
+            {"uncut_epochs": 0, "fresh_epochs": 4, "taught_epochs": 0},
         ),
         (
             {"teacher": {"epochs": 5}, "baseline": {"epochs": 2, "distill": 1}},

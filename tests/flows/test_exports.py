@@ -59,6 +59,13 @@ def test_of_all_stages_the_timing_alone_depends_on_the_machine(
     there, timed_there = keys()
     assert here == there
     assert timed_here != timed_there
+    monkeypatch.undo()
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(finished[0].home))
+    on = {}
+    for count in (1, 2, 3):
+        monkeypatch.setattr(project, "cores", lambda count=count: list(range(count)))
+        on[count] = keys()[1]
+    assert on[1] != on[2] == on[3], "a second core has more to time, a third one has not"
 
 
 def test_a_network_that_ships_without_its_branches_is_timed_in_both_forms(tmp_path: Path) -> None:
@@ -66,7 +73,7 @@ def test_a_network_that_ships_without_its_branches_is_timed_in_both_forms(tmp_pa
     model = random_recogniser(1, backbone="repvgg_a0").float()
     save_checkpoint(file, Checkpoint(model, Charset("0123456789"), 160, BASELINE))
     given = {"file": str(file), "sha256": sha256(file)}
-    job = {"inputs": {f"{TRAINED} {BASELINE}": given}, "cpus": 1}
+    job = {"inputs": {f"{TRAINED} {BASELINE}": given}, "cpus": 1, "settings": {"threads": [1]}}
     figures = json.loads((tmp_path / latency(Work(job, tmp_path, tmp_path, print))[0]).read_text())
     both = {"cost/latency_ms", "cost/latency_deployed_ms"}
     assert both <= set(figures[BASELINE])

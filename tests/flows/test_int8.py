@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 
 from crnn.checkpoint import load_checkpoint
 from flows.cache import HISTORY, MODEL
+from flows.rows import Variant, _cut_figures
 from flows.stages.quantize import _within_budget, points_lost, qat
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import Project, points_of, work_of
+from tests.flows.test_controls import PRUNED
 
 TRAINING = {"epochs": 2, "batch_size": 16, "learning_rate": 2e-4}
 Exported = tuple[Project, dict[str, Any]]
@@ -46,6 +49,15 @@ def test_every_point_has_one_in_8_bits(exported: Exported) -> None:
         assert rounded["val/samples"] == 16
     recorded = points_of(project, printed["sweep_run"])["0.6 int8"].data
     assert recorded.metrics["cost/bytes"] == rows["0.6 int8"]["cost/bytes"]
+
+
+def test_a_cut_is_told_once_whatever_its_network_is_trained_on_for() -> None:
+    told = {"prune/ratio_requested": 0.3, "prune/ratio_achieved": 0.3, "prune/channels_kept": 9.0}
+    metrics = {**told, "prune/live_channels_removed": 2.0, "val/word_accuracy": 0.5}
+    stages = {"prune": replace(PRUNED, metrics=metrics), "finetune": PRUNED}
+    assert "prune/live_channels_removed" in _cut_figures(Variant("0.3", stages), None)
+    again = Variant("0.3 qat", {**stages, "qat": PRUNED})
+    assert _cut_figures(again, None) == told
 
 
 def test_layers_that_cost_too_much_stay_in_float() -> None:

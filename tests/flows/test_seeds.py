@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from crnn.metrics import wilson_interval
 from flows.definitions import TRAINING
@@ -66,7 +67,10 @@ def test_a_single_seed_changes_nothing() -> None:
 def test_more_seeds_are_not_more_lines_and_their_spread_widens_the_interval() -> None:
     assert interval_of_seeds([0.8, 0.8, 0.8], 100) == wilson_interval(0.8, 100)
     # p (1 - p) / lines = 0.0025 = std^2 / seeds: as much from the seeds as from 100 lines.
-    assert interval_of_seeds([0.45, 0.55], 100) == pytest.approx(wilson_interval(0.5, 50))
+    # Of two seeds one degree of freedom, and 1 x (0.005 / 0.0025)^2 of the sum.
+    widened = wilson_interval(0.5, 50, t.ppf(0.975, 4))
+    assert interval_of_seeds([0.45, 0.55], 100) == pytest.approx(widened)
+    assert widened[0] < wilson_interval(0.5, 50)[0]
     assert interval_of_seeds([1.0, 1.0], 100) == wilson_interval(1.0, 100)
     assert interval_of_seeds([0.0, 1.0], 100)[0] < 0.1
 

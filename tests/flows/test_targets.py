@@ -154,10 +154,12 @@ def test_each_target_is_a_point_of_the_frontier(finished: Finished, tmp_path: Pa
     assert "target params 40,000" in result["computed"]
     assert project.frontier(*wishes)["computed"] == []
     seen = json.loads(project.run("preview", str(project.params), *wishes, "--json").stdout)
-    assert [cut["params"] for cut in seen["cuts"]] == [
-        small["cost/params_total"],
-        fast["cost/params_total"],
-    ]
+    for cut, row in zip(seen["cuts"], (small, fast), strict=True):
+        assert cut["params"] == row["cost/params_total"]
+        for found in ("target/requested", "target/achieved", "target/ratio"):
+            assert cut[found] == row[found], "what was found stays found, also a latency"
+    table = project.run("preview", str(project.params), *wishes).stdout
+    assert f"40,000 / {small['target/achieved']:,.0f}" in table
     refused = project.run(
         "frontier", str(project.params), "--set", "prune.targets.params=10", code=2
     )
