@@ -84,8 +84,8 @@ LOCAL: Final = "local"
 class ExecutionSettings(Settings):
     """How to use the machines. Nothing here changes a result beyond rounding, or a cache key.
 
-    parallel is how many cut networks are trained side by side, and loader_workers how many processes
-    prepare the lines of each training.
+    parallel is how many cut networks are trained side by side, and loader_workers how many
+    processes prepare the lines of each training.
 
     Each training is spread over so many processes, each with a share of every batch; on a machine
     with GPUs, one for each of them. Where nodes says so, up to so many machines train together, the
