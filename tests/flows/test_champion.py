@@ -95,8 +95,9 @@ def test_of_several_seeds_the_limit_is_for_the_file_that_ships() -> None:
     assert best_of(rows, ChampionSettings(max_mb=1.2)) == rows[1]
 
 
-def test_the_card_of_a_mean_says_so_and_what_its_own_file_is(tiny: Path) -> None:
-    card = model_card(load_experiment(tiny), of_seeds("0.62"), "digest")
+def test_the_card_of_a_mean_says_so_and_what_its_own_file_is(tmp_path: Path) -> None:
+    params = new_project(tmp_path / "project").params
+    card = model_card(load_experiment(params), of_seeds("0.62"), "digest")
     assert "0.300 M parameters" in card
     assert "- File: 1.10 MB, sha256 digest" in card
     whose = "95.0% (90.0-99.0), in %, 95% interval, greedy decoding, 100 val lines, the mean of"
