@@ -168,7 +168,7 @@ def test_a_damaged_copy_of_what_a_worker_finished_is_not_believed() -> None:
 def test_as_many_trainings_at_once_as_the_experiment_says(
     cores: int, parallel: int | str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "cores", lambda: list(range(cores)))
+    monkeypatch.setattr(project, "cores", lambda: list(range(cores)))
     experiment = Experiment.model_validate({**TINY, "execution": {"parallel": parallel}})
     assert running.parallel_finetunes(experiment) == expected
 
