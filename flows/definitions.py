@@ -184,7 +184,7 @@ def target_stage(
     """The ratio that meets a target."""
     pruning = _pruning(experiment)
     for name in ("compensate", "calibration_lines"):  # Of the lines a cut reads: none is read here.
-        pruning.pop(name, None)
+        del pruning[name]
     settings = {"prune": pruning, "kind": kind, "value": value}
     label = f"target {point_of_target(kind, value)}{of_seed(experiment, seed)}"
     return Stage("target", label, settings, {"sparse": sparse}, VERSIONS["target"])

@@ -434,7 +434,7 @@ def _section(path: Sequence[str]) -> dict[str, FieldInfo]:
     """The keys of a section."""
     model: type[BaseModel] = Experiment
     for part in path:
-        model = next(iter(_models(model.model_fields[part])))
+        (model,) = _models(model.model_fields[part])
     return model.model_fields
 
 
