@@ -1,5 +1,8 @@
 """The CTC head as a product of two matrices of low rank."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -7,38 +10,92 @@ from crnn.checkpoint import recogniser_of
 from crnn.errors import SettingsError
 from crnn.networks.recogniser import Recogniser
 
+TINY = 1e-9
+"""Variance and scale that are always there, so that they can be divided by."""
+
 
 def head_names(model: Recogniser) -> list[str]:
     """Of the head's tensors: one weight or two, in the order they are applied, and the bias."""
     return [f"head.{name}" for name in model.head.state_dict()]
 
 
-def factorise(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The two matrices whose product is nearest to a matrix, by truncated SVD.
+@dataclass(frozen=True)
+class Frames:
+    """What a head reads and says over the frames of many lines, float64.
 
-    Nearest in the Frobenius norm (Eckart and Young 1936), as Xue et al. 2013 ("Restructuring of
-    deep neural network acoustic models with singular value decomposition"). Deviation: each matrix
-    gets the square root of the singular values, so that both are of one scale for fine-tuning.
+    Attributes:
+        mean: Of what it reads, (F,).
+        covariance: Of what it reads, (F, F).
+        shares: Mean probability of each class, (K,).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    shares: Tensor
+
+
+@torch.inference_mode()
+def frames_of(model: Recogniser, images: Iterable[Tensor]) -> Frames:
+    """Statistics of the head over lines and frames.
+
+    Args:
+        model: Evaluated with its running statistics.
+        images: Batches (N, 3, 32, W), normalised.
+    """
+    width, count = 2 * model.rnn.hidden_size, 0
+    sums = torch.zeros(width, dtype=torch.double, device=model.device)
+    products, shares = sums.new_zeros(width, width), sums.new_zeros(model.classes)
+    model.eval()
+    for batch in images:
+        outputs, _ = model.rnn(model.features(batch))
+        shares += model.head(outputs).double().softmax(2).sum((0, 1))
+        frames = outputs.flatten(0, 1).double()
+        count += len(frames)
+        sums += frames.sum(0)
+        products += frames.T @ frames
+    mean = (sums / count).cpu()
+    return Frames(mean, (products / count).cpu() - mean.outer(mean), (shares / count).cpu())
+
+
+def factorise(weight: Tensor, rank: int, frames: Frames | None = None) -> tuple[Tensor, Tensor]:
+    """The two matrices whose product is nearest to a matrix.
+
+    Nearest in the Frobenius norm, by truncated SVD (Eckart and Young 1936), as Xue et al. 2013
+    ("Restructuring of deep neural network acoustic models with singular value decomposition").
+    Where frames are given, nearest in what it makes of these instead: the mean over the frames of
+    the squared errors of the logits, each class counted by its share. So a rank is spent on what is
+    read and told apart, and none on the many rows of a large charset that no line has. Both
+    matrices are scaled alike for fine-tuning: each row of the first has the norm of its column of
+    the second.
 
     Args:
         weight: (K, F), float.
         rank: Of the product, from 1 to min(K, F).
+        frames: Of the head that has the weight, or None.
 
     Returns:
-        What is applied first, (rank, F), and then, (K, rank), of the weight's dtype.
+        What is applied first, (rank, F), and then, (K, rank), both float64.
     """
-    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    roots = values[:rank].sqrt()
-    first, then = roots[:, None] * right[:rank], left[:, :rank] * roots
-    return first.to(weight.dtype).contiguous(), then.to(weight.dtype).contiguous()
+    classes, features = weight.shape
+    basis, counts = torch.eye(features).double(), torch.ones(classes).double()
+    if frames is not None:
+        basis = torch.linalg.cholesky(frames.covariance + TINY * basis)
+        counts = frames.shares.sqrt()
+    read = weight.double() @ basis
+    right = torch.linalg.svd(counts[:, None] * read, full_matrices=False).Vh[:rank]
+    first, then = torch.linalg.solve(basis, right, left=False), read @ right.T
+    scale = (then.norm(dim=0) / first.norm(dim=1)).sqrt().clamp(min=TINY)
+    return scale[:, None] * first, then / scale
 
 
-def cut_head(model: Recogniser, rank: int) -> Recogniser:
-    """Build the network whose head goes through `rank` numbers a frame; its bias stays.
+def cut_head(model: Recogniser, rank: int, frames: Frames | None = None) -> Recogniser:
+    """Build the network whose head goes through `rank` numbers a frame.
 
     Args:
         model: Left as it is; its head may be of two layers already.
         rank: At least 1.
+        frames: Of the model. Their mean logits stay as they are: what the lower rank adds to these
+            is taken off the bias. None leaves the bias alone.
 
     Raises:
         SettingsError: The two layers would have as many weights as the head has now, or more.
@@ -49,9 +106,13 @@ def cut_head(model: Recogniser, rank: int) -> Recogniser:
     for name in weights[1:]:
         whole = tensors[name] @ whole
     _refuse_useless(rank, whole, sum(tensors[name].numel() for name in weights))
-    first, then = factorise(whole, rank)
+    first, then = factorise(whole, rank, frames)
+    shift = tensors[bias].double()
+    if frames is not None:
+        shift = shift + (whole.double() - then @ first) @ frames.mean
+    head = {"head.0.weight": first, "head.1.weight": then, "head.1.bias": shift}
     kept = {name: t.clone() for name, t in tensors.items() if not name.startswith("head.")}
-    kept |= {"head.0.weight": first, "head.1.weight": then, "head.1.bias": tensors[bias].clone()}
+    kept |= {name: tensor.to(whole.dtype).contiguous() for name, tensor in head.items()}
     return recogniser_of(model.settings, model.classes, kept)
 
 

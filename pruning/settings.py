@@ -73,7 +73,7 @@ class PruneSettings(Settings):
     go for a multiple's sake while enough are dead: the cut is then smaller than its ratio.
 
     With compensate, what is removed goes on as a constant, its mean over calibration_lines training
-    lines, where it was not zero.
+    lines, where it was not zero, and a head_rank is spent on what these lines have.
 
     lstm_ratio is the share of the hidden units that every layer and direction of the LSTM loses;
     with a head_rank the head becomes two layers with so many numbers a frame between them.

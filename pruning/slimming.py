@@ -7,7 +7,7 @@ from torch import Tensor
 from crnn.data.batches import Lines, evaluation_batches, normalise
 from crnn.devices import best_device
 from crnn.networks.recogniser import Recogniser
-from pruning.head import cut_head
+from pruning.head import Frames, cut_head, frames_of
 from pruning.lstm import cut_units, keep_units, mean_outputs
 from pruning.settings import PruneSettings
 from pruning.surgery import cut, mean_inputs
@@ -25,8 +25,8 @@ def slim(
         model: The uncut network, on the CPU; left as it is.
         masks: Channels to keep, as keep_masks gives them.
         settings: Share of hidden units to remove, rank of the head.
-        lines: Where to take the mean of what is removed, which is then kept as a constant. None
-            drops it.
+        lines: Where to take the mean of what is removed, which is then kept as a constant, and
+            what the head reads. None drops it.
 
     Raises:
         SettingsError: The rank saves nothing.
@@ -38,7 +38,10 @@ def slim(
         compact = cut_units(
             compact, units, None if sample is None else _unit_means(compact, sample)
         )
-    return compact if settings.head_rank is None else cut_head(compact, settings.head_rank)
+    if settings.head_rank is not None:
+        frames = None if sample is None else _frames(compact, sample)
+        compact = cut_head(compact, settings.head_rank, frames)
+    return compact
 
 
 def _channel_means(model: Recogniser, lines: Lines) -> dict[str, Tensor]:
@@ -51,6 +54,12 @@ def _unit_means(model: Recogniser, lines: Lines) -> Tensor:
     means = mean_outputs(model.to(best_device()), _images(lines)).cpu()
     model.cpu()
     return means
+
+
+def _frames(model: Recogniser, lines: Lines) -> Frames:
+    frames = frames_of(model.to(best_device()), _images(lines))
+    model.cpu()
+    return frames
 
 
 def _images(lines: Lines) -> Iterator[Tensor]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from crnn.errors import SettingsError
-from crnn.networks.recogniser import two_layer_head
+from crnn.networks.recogniser import Recogniser, two_layer_head
 from pruning.cost import macs, parameters
-from pruning.head import cut_head, factorise
+from pruning.head import Frames, cut_head, factorise, frames_of
 from tests.conftest import random_recogniser
 
 
@@ -31,6 +31,55 @@ def test_the_error_is_that_of_the_best_approximation_of_the_rank(rank: int) -> N
     dropped = torch.linalg.eigvalsh(weight @ weight.T)[:-rank]
     assert float((product - weight).norm()) == pytest.approx(float(dropped.sum().sqrt()), rel=1e-9)
     assert torch.equal(head[1].bias, model.head.bias)
+
+
+def images_of_lines() -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(4, 3, 32, width, dtype=torch.float64) for width in (64, 96)]
+
+
+@torch.inference_mode()
+def logits_of(model: Recogniser) -> torch.Tensor:
+    """Of all frames of the lines, (frames, K)."""
+    return torch.cat([model(images).flatten(0, 1) for images in images_of_lines()])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_with_frames_the_error_of_the_logits_is_the_least_of_the_rank(rank: int) -> None:
+    """Eckart and Young again, in logits of which each class counts by its share.
+
+    What is left out are eigenvalues of the covariance of these logits, computed from them alone.
+    """
+    model = random_recogniser()
+    before = logits_of(model)
+    compact = cut_head(model, rank, frames_of(model, images_of_lines()))
+    error = logits_of(compact) - before
+    shares = before.softmax(1).mean(0)
+    spread = torch.cov(before.T * shares.sqrt()[:, None], correction=0)
+    dropped = torch.linalg.eigvalsh(spread)[:-rank]
+    weighted = float((error.square().mean(0) * shares).sum())
+    assert weighted == pytest.approx(float(dropped.sum()), rel=1e-5)
+    assert error.mean(0).abs().max() < 1e-12
+    worse = logits_of(cut_head(model, rank)) - before
+    assert weighted < float((worse.square().mean(0) * shares).sum())
+
+
+def test_classes_that_no_line_has_take_no_rank() -> None:
+    """Ten rows of noise, as large as the others, beside one direction that is read."""
+    torch.manual_seed(0)
+    weight = torch.randn(12, 16, dtype=torch.float64)
+    shares = torch.tensor([0.5, 0.5] + 10 * [0.0], dtype=torch.float64)
+    frames = Frames(torch.zeros(16).double(), torch.eye(16).double(), shares)
+    first, then = factorise(weight, 2, frames)
+    assert torch.allclose((then @ first)[:2], weight[:2])
+    blind_first, blind_then = factorise(weight, 2)
+    assert not torch.allclose((blind_then @ blind_first)[:2], weight[:2], atol=0.1)
+
+
+def test_outputs_that_never_vary_are_no_obstacle() -> None:
+    weight = torch.randn(12, 16)
+    frames = Frames(torch.ones(16).double(), torch.zeros(16, 16).double(), torch.ones(12) / 12)
+    assert all(matrix.isfinite().all() for matrix in factorise(weight, 3, frames))
 
 
 def test_a_head_that_has_the_rank_is_reproduced() -> None:

@@ -13,7 +13,7 @@ from crnn.errors import SettingsError
 from crnn.networks.recogniser import Recogniser
 from pruning.cost import macs, parameters
 from pruning.gammas import absolute_gammas
-from pruning.head import cut_head
+from pruning.head import cut_head, frames_of
 from pruning.lstm import cut_units, keep_units, mean_outputs
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
@@ -63,7 +63,8 @@ def test_channels_units_and_head_are_cut_in_this_order(lines: Lines, compensate:
     thin = cut(UNCUT, masks, images and mean_inputs(UNCUT, images))
     short = cut_units(thin, keep_units(thin, 0.5), mean_outputs(thin, images) if images else None)
     found = slim(UNCUT, masks, settings, lines if compensate else None)
-    assert bits_of(found) == bits_of(cut_head(short, 2))
+    frames = frames_of(short, images) if images else None
+    assert bits_of(found) == bits_of(cut_head(short, 2, frames))
     assert (found.rnn.hidden_size, found.head[0].weight.shape) == (4, (2, 8))
 
 
