@@ -139,7 +139,7 @@ def mean_outputs(model: Recogniser, images: Iterable[Tensor]) -> Tensor:
         for total, layer in zip(totals, layers, strict=True):
             frames, _ = layer(frames)
             total += frames.double().sum((0, 1))
-    return (totals / count).to(model.dtype).view(len(layers), len(DIRECTIONS), -1)
+    return (totals / count).to(model.dtype).cpu().view(len(layers), len(DIRECTIONS), -1)
 
 
 def _layer(lstm: nn.LSTM, index: int) -> nn.LSTM:

@@ -1,16 +1,19 @@
 """The whole cut of a network: channels, then hidden units of the LSTM, then the head."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from crnn.data.batches import Lines, evaluation_batches, normalise
 from crnn.devices import best_device
 from crnn.networks.recogniser import Recogniser
-from pruning.head import Frames, cut_head, frames_of
+from pruning.head import cut_head, frames_of
 from pruning.lstm import cut_units, keep_units, mean_outputs
 from pruning.settings import PruneSettings
 from pruning.surgery import cut, mean_inputs
+
+Seen = TypeVar("Seen")
 
 
 def slim(
@@ -32,34 +35,26 @@ def slim(
         SettingsError: The rank saves nothing.
     """
     sample = None if lines is None else lines.sample(settings.calibration_lines)
-    compact = cut(model, masks, None if sample is None else _channel_means(model, sample))
+    compact = cut(model, masks, _seen(mean_inputs, model, sample))
     if settings.lstm_ratio:
         units = keep_units(compact, settings.lstm_ratio)
-        compact = cut_units(
-            compact, units, None if sample is None else _unit_means(compact, sample)
-        )
+        compact = cut_units(compact, units, _seen(mean_outputs, compact, sample))
     if settings.head_rank is not None:
-        frames = None if sample is None else _frames(compact, sample)
-        compact = cut_head(compact, settings.head_rank, frames)
+        compact = cut_head(compact, settings.head_rank, _seen(frames_of, compact, sample))
     return compact
 
 
-def _channel_means(model: Recogniser, lines: Lines) -> dict[str, Tensor]:
-    means = mean_inputs(model.to(best_device()), _images(lines))
+def _seen(
+    statistics: Callable[[Recogniser, Iterable[Tensor]], Seen],
+    model: Recogniser,
+    lines: Lines | None,
+) -> Seen | None:
+    """Statistics of a network that is on the CPU, taken on the best device; None without lines."""
+    if lines is None:
+        return None
+    seen = statistics(model.to(best_device()), _images(lines))
     model.cpu()
-    return {name: mean.cpu() for name, mean in means.items()}
-
-
-def _unit_means(model: Recogniser, lines: Lines) -> Tensor:
-    means = mean_outputs(model.to(best_device()), _images(lines)).cpu()
-    model.cpu()
-    return means
-
-
-def _frames(model: Recogniser, lines: Lines) -> Frames:
-    frames = frames_of(model.to(best_device()), _images(lines))
-    model.cpu()
-    return frames
+    return seen
 
 
 def _images(lines: Lines) -> Iterator[Tensor]:

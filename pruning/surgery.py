@@ -235,7 +235,7 @@ def mean_inputs(model: Recogniser, images: Iterable[Tensor]) -> dict[str, Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: (total / counts[name]).to(model.dtype) for name, total in totals.items()}
+    return {name: (total / counts[name]).to(model.dtype).cpu() for name, total in totals.items()}
 
 
 def _sums_by_tap(layer: nn.Conv2d, given: Tensor, output: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def test_with_frames_the_error_of_the_logits_is_the_least_of_the_rank(rank: int)
 
 
 def test_classes_that_no_line_has_take_no_rank() -> None:
-    """Ten rows of noise, as large as the others, beside one direction that is read."""
+    """Ten rows that are never read, as large as the two that are."""
     torch.manual_seed(0)
     weight = torch.randn(12, 16, dtype=torch.float64)
     shares = torch.tensor([0.5, 0.5] + 10 * [0.0], dtype=torch.float64)
