@@ -46,7 +46,7 @@ VERSIONS = {
     "baseline": 5,
     "sparse": 6,
     "target": 5,
-    "prune": 6,
+    "prune": 7,
     "finetune": 3,
     "scratch": 5,
     "small": 5,

@@ -9,9 +9,7 @@ from torch import Tensor
 from crnn.checkpoint import recogniser_of
 from crnn.errors import SettingsError
 from crnn.networks.recogniser import Recogniser
-
-TINY = 1e-9
-"""Variance and scale that are always there, so that they can be divided by."""
+from pruning.moments import TINY, Moments, Sums
 
 
 def head_names(model: Recogniser) -> list[str]:
@@ -21,16 +19,14 @@ def head_names(model: Recogniser) -> list[str]:
 
 @dataclass(frozen=True)
 class Frames:
-    """What a head reads and says over the frames of many lines, float64.
+    """What a head reads and says over the frames of many lines.
 
     Attributes:
-        mean: Of what it reads, (F,).
-        covariance: Of what it reads, (F, F).
-        shares: Mean probability of each class, (K,).
+        read: What the LSTM says to it, F numbers.
+        shares: Mean probability of each class, (K,), float64.
     """
 
-    mean: Tensor
-    covariance: Tensor
+    read: Moments
     shares: Tensor
 
 
@@ -42,19 +38,14 @@ def frames_of(model: Recogniser, images: Iterable[Tensor]) -> Frames:
         model: Evaluated with its running statistics.
         images: Batches (N, 3, 32, W), normalised.
     """
-    width, count = 2 * model.rnn.hidden_size, 0
-    sums = torch.zeros(width, dtype=torch.double, device=model.device)
-    products, shares = sums.new_zeros(width, width), sums.new_zeros(model.classes)
+    read = Sums(2 * model.rnn.hidden_size, model.device)
+    shares = torch.zeros(model.classes, dtype=torch.double, device=model.device)
     model.eval()
     for batch in images:
         outputs, _ = model.rnn(model.features(batch))
+        read.add(outputs)
         shares += model.head(outputs).double().softmax(2).sum((0, 1))
-        frames = outputs.flatten(0, 1).double()
-        count += len(frames)
-        sums += frames.sum(0)
-        products += frames.T @ frames
-    mean = (sums / count).cpu()
-    return Frames(mean, (products / count).cpu() - mean.outer(mean), (shares / count).cpu())
+    return Frames(read.moments(), (shares / shares.sum()).cpu())
 
 
 def factorise(weight: Tensor, rank: int, frames: Frames | None = None) -> tuple[Tensor, Tensor]:
@@ -79,7 +70,7 @@ def factorise(weight: Tensor, rank: int, frames: Frames | None = None) -> tuple[
     classes, features = weight.shape
     basis, counts = torch.eye(features).double(), torch.ones(classes).double()
     if frames is not None:
-        basis = torch.linalg.cholesky(frames.covariance + TINY * basis)
+        basis = torch.linalg.cholesky(frames.read.covariance + TINY * basis)
         counts = frames.shares.sqrt()
     read = weight.double() @ basis
     right = torch.linalg.svd(counts[:, None] * read, full_matrices=False).Vh[:rank]
@@ -109,7 +100,7 @@ def cut_head(model: Recogniser, rank: int, frames: Frames | None = None) -> Reco
     first, then = factorise(whole, rank, frames)
     shift = tensors[bias].double()
     if frames is not None:
-        shift = shift + (whole.double() - then @ first) @ frames.mean
+        shift = shift + (whole.double() - then @ first) @ frames.read.mean
     head = {"head.0.weight": first, "head.1.weight": then, "head.1.bias": shift}
     kept = {name: t.clone() for name, t in tensors.items() if not name.startswith("head.")}
     kept |= {name: tensor.to(whole.dtype).contiguous() for name, tensor in head.items()}

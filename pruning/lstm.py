@@ -1,10 +1,10 @@
-"""Cutting hidden units out of the LSTM: which go, what they added on average, and the cut itself.
+"""Cutting hidden units out of the LSTM: which go, what says the same without them, the cut itself.
 
 A unit is one number of the hidden state of one layer and direction. nn.LSTM has one hidden size,
 so every layer and direction loses as many.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from crnn.checkpoint import recogniser_of
 from crnn.networks.recogniser import Recogniser
 from pruning.head import head_names
+from pruning.moments import Moments, Sums
 
 DIRECTIONS = ("", "_reverse")
 GATES = 4
@@ -61,23 +62,26 @@ def magnitudes(model: Recogniser) -> Tensor:
     return squares.sqrt()
 
 
-def cut_units(model: Recogniser, masks: Tensor, means: Tensor | None = None) -> Recogniser:
+def cut_units(
+    model: Recogniser, masks: Tensor, outputs: Sequence[Moments] | None = None
+) -> Recogniser:
     """Build the network that keeps the masked hidden units.
 
     Args:
         model: Left as it is.
         masks: Boolean (layers, 2, hidden), as many True in every layer and direction.
-        means: Mean output of every unit, (layers, 2, hidden), as mean_outputs gives it. Those of
-            the removed units are folded into the biases of all that reads them: their own layer,
-            the next, the head. None drops them.
+        outputs: Of every layer, as outputs_of gives them. All that reads a removed unit, its own
+            layer, the next and the head, gets instead what the kept units there say of it by least
+            squares: in its weights and its bias. None drops what was said.
 
     Returns:
-        A new network. With removed outputs constant at zero it computes exactly the same function;
-        at another constant, the same but for the first frame, before which an LSTM remembers zero.
+        A new network. Where removed outputs are zero throughout, or with outputs an affine function
+        of the kept ones, it computes the same function but for the first frame, before which an
+        LSTM remembers zero.
     """
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if means is not None:
-        _fold(tensors, model, masks, means)
+    if outputs is not None:
+        _fold(tensors, model, masks, outputs)
     for layer, direction, cell in _cells(model):
         kept = masks[layer, direction]
         for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
@@ -89,22 +93,36 @@ def cut_units(model: Recogniser, masks: Tensor, means: Tensor | None = None) -> 
     return recogniser_of(model.settings, model.classes, tensors)
 
 
-def _fold(tensors: dict[str, Tensor], model: Recogniser, masks: Tensor, means: Tensor) -> None:
-    """Add what the removed units tell others, taken as constant, to the biases behind them."""
-    removed = torch.where(masks, 0.0, means)  # (layers, 2, hidden), float like means
+def _fold(
+    tensors: dict[str, Tensor], model: Recogniser, masks: Tensor, outputs: Sequence[Moments]
+) -> None:
+    """Let all that reads removed units read the kept ones in their place."""
+    hidden = model.rnn.hidden_size
     for layer, direction, cell in _cells(model):
-        tensors[f"rnn.bias_hh_{cell}"] += (
-            tensors[f"rnn.weight_hh_{cell}"] @ removed[layer, direction]
-        )
+        own = outputs[layer].of(slice(direction * hidden, (direction + 1) * hidden))
+        told = _reread(tensors, f"rnn.weight_hh_{cell}", masks[layer, direction], own)
+        tensors[f"rnn.bias_hh_{cell}"] += told
         if layer > 0:
-            tensors[f"rnn.bias_ih_{cell}"] += (
-                tensors[f"rnn.weight_ih_{cell}"] @ removed[layer - 1].flatten()
-            )
-    *weights, bias = head_names(model)
-    told = removed[-1].flatten()
-    for weight in weights:
+            below = outputs[layer - 1]
+            told = _reread(tensors, f"rnn.weight_ih_{cell}", masks[layer - 1].flatten(), below)
+            tensors[f"rnn.bias_ih_{cell}"] += told
+    first, *others, bias = head_names(model)
+    told = _reread(tensors, first, masks[-1].flatten(), outputs[-1])
+    for weight in others:
         told = tensors[weight] @ told
     tensors[bias] += told
+
+
+def _reread(tensors: dict[str, Tensor], name: str, kept: Tensor, outputs: Moments) -> Tensor:
+    """Add to the kept columns of a weight what the removed ones read of them, as outputs tell.
+
+    Returns:
+        What the removed ones read besides, a constant for each row.
+    """
+    weight, bias = outputs.predict(kept)
+    removed = tensors[name][:, ~kept].double()
+    tensors[name][:, kept] += (removed @ weight).to(tensors[name])
+    return (removed @ bias).to(tensors[name])
 
 
 def _cells(model: Recogniser) -> Iterator[tuple[int, int, str]]:
@@ -122,24 +140,22 @@ def _readers(model: Recogniser, layer: int) -> list[str]:
 
 
 @torch.inference_mode()
-def mean_outputs(model: Recogniser, images: Iterable[Tensor]) -> Tensor:
-    """Mean output of every hidden unit over lines and frames, (layers, 2, hidden).
+def outputs_of(model: Recogniser, images: Iterable[Tensor]) -> list[Moments]:
+    """What each layer says over lines and frames, 2 x hidden numbers, forward first.
 
     Args:
         model: Evaluated with its running statistics.
         images: Batches (N, 3, 32, W), normalised.
     """
     layers = [_layer(model.rnn, index) for index in range(model.rnn.num_layers)]
-    totals = torch.zeros(len(layers), 2 * model.rnn.hidden_size, device=model.device).double()
-    count = 0
+    sums = [Sums(2 * model.rnn.hidden_size, model.device) for _ in layers]
     model.eval()
     for batch in images:
         frames = model.features(batch)
-        count += frames.shape[0] * frames.shape[1]
-        for total, layer in zip(totals, layers, strict=True):
+        for layer, said in zip(layers, sums, strict=True):
             frames, _ = layer(frames)
-            total += frames.double().sum((0, 1))
-    return (totals / count).to(model.dtype).cpu().view(len(layers), len(DIRECTIONS), -1)
+            said.add(frames)
+    return [said.moments() for said in sums]
 
 
 def _layer(lstm: nn.LSTM, index: int) -> nn.LSTM:

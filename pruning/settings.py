@@ -72,8 +72,9 @@ class PruneSettings(Settings):
     multiple of round_to, as the vector units of a CPU like it, or all it has. Live channels do not
     go for a multiple's sake while enough are dead: the cut is then smaller than its ratio.
 
-    With compensate, what is removed goes on as a constant, its mean over calibration_lines training
-    lines, where it was not zero, and a head_rank is spent on what these lines have.
+    With compensate, what is removed goes on over calibration_lines training lines: a channel that
+    was not zero as a constant, its mean, and a hidden unit as what the others say of it; and a
+    head_rank is spent on what these lines have.
 
     lstm_ratio is the share of the hidden units that every layer and direction of the LSTM loses;
     with a head_rank the head becomes two layers with so many numbers a frame between them.

@@ -9,7 +9,7 @@ from crnn.data.batches import Lines, evaluation_batches, normalise
 from crnn.devices import best_device
 from crnn.networks.recogniser import Recogniser
 from pruning.head import cut_head, frames_of
-from pruning.lstm import cut_units, keep_units, mean_outputs
+from pruning.lstm import cut_units, keep_units, outputs_of
 from pruning.settings import PruneSettings
 from pruning.surgery import cut, mean_inputs
 
@@ -28,8 +28,8 @@ def slim(
         model: The uncut network, on the CPU; left as it is.
         masks: Channels to keep, as keep_masks gives them.
         settings: Share of hidden units to remove, rank of the head.
-        lines: Where to take the mean of what is removed, which is then kept as a constant, and
-            what the head reads. None drops it.
+        lines: Where to see what is removed, so that what is left can say it: channels their mean,
+            hidden units what the others say of them, the head what it reads. None drops it.
 
     Raises:
         SettingsError: The rank saves nothing.
@@ -38,7 +38,7 @@ def slim(
     compact = cut(model, masks, _seen(mean_inputs, model, sample))
     if settings.lstm_ratio:
         units = keep_units(compact, settings.lstm_ratio)
-        compact = cut_units(compact, units, _seen(mean_outputs, compact, sample))
+        compact = cut_units(compact, units, _seen(outputs_of, compact, sample))
     if settings.head_rank is not None:
         compact = cut_head(compact, settings.head_rank, _seen(frames_of, compact, sample))
     return compact

@@ -7,6 +7,7 @@ from crnn.errors import SettingsError
 from crnn.networks.recogniser import Recogniser, two_layer_head
 from pruning.cost import macs, parameters
 from pruning.head import Frames, cut_head, factorise, frames_of
+from pruning.moments import Moments
 from tests.conftest import random_recogniser
 
 
@@ -69,7 +70,7 @@ def test_classes_that_no_line_has_take_no_rank() -> None:
     torch.manual_seed(0)
     weight = torch.randn(12, 16, dtype=torch.float64)
     shares = torch.tensor([0.5, 0.5] + 10 * [0.0], dtype=torch.float64)
-    frames = Frames(torch.zeros(16).double(), torch.eye(16).double(), shares)
+    frames = Frames(Moments(torch.zeros(16).double(), torch.eye(16).double()), shares)
     first, then = factorise(weight, 2, frames)
     assert torch.allclose((then @ first)[:2], weight[:2])
     blind_first, blind_then = factorise(weight, 2)
@@ -78,7 +79,8 @@ def test_classes_that_no_line_has_take_no_rank() -> None:
 
 def test_outputs_that_never_vary_are_no_obstacle() -> None:
     weight = torch.randn(12, 16)
-    frames = Frames(torch.ones(16).double(), torch.zeros(16, 16).double(), torch.ones(12) / 12)
+    still = Moments(torch.ones(16).double(), torch.zeros(16, 16).double())
+    frames = Frames(still, torch.ones(12) / 12)
     assert all(matrix.isfinite().all() for matrix in factorise(weight, 3, frames))
 
 

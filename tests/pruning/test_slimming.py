@@ -14,7 +14,7 @@ from crnn.networks.recogniser import Recogniser
 from pruning.cost import macs, parameters
 from pruning.gammas import absolute_gammas
 from pruning.head import cut_head, frames_of
-from pruning.lstm import cut_units, keep_units, mean_outputs
+from pruning.lstm import cut_units, keep_units, outputs_of
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
 from pruning.slimming import slim
@@ -61,7 +61,7 @@ def test_channels_units_and_head_are_cut_in_this_order(lines: Lines, compensate:
     images = [normalise(batch.images) for batch in batches] if compensate else None
     masks = keep_masks(absolute_gammas(UNCUT), 0.4, settings)
     thin = cut(UNCUT, masks, images and mean_inputs(UNCUT, images))
-    short = cut_units(thin, keep_units(thin, 0.5), mean_outputs(thin, images) if images else None)
+    short = cut_units(thin, keep_units(thin, 0.5), outputs_of(thin, images) if images else None)
     found = slim(UNCUT, masks, settings, lines if compensate else None)
     frames = frames_of(short, images) if images else None
     assert bits_of(found) == bits_of(cut_head(short, 2, frames))
