@@ -75,9 +75,9 @@ def cut_units(
             squares: in its weights and its bias. None drops what was said.
 
     Returns:
-        A new network. Where removed outputs are zero throughout, or with outputs an affine function
-        of the kept ones, it computes the same function but for the first frame, before which an
-        LSTM remembers zero.
+        A new network. Where removed units say zero throughout, or, if outputs are given, the same
+        affine function of the kept ones, it computes what the model does, but for the first frame:
+        before it an LSTM remembers zero, whatever its units say.
     """
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if outputs is not None:
