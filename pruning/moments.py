@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-9
-"""Variance that is always there, so that it can be divided by."""
+"""Variance and scale that are always there, so that they can be divided by."""
 
 RIDGE = 1e-4
 """Of the mean variance, added to all: few frames must not make large weights out of chance."""
