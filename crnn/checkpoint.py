@@ -1,11 +1,12 @@
 """One safetensors file for a network, and one for a training under way. No pickle anywhere.
 
-The state dict is the architecture: a cut network is the same class with narrower layers and a head
-of one layer or two, so loading builds the network from its settings, with the head that its keys
+The state dict is the architecture: a cut network is the same class with narrower layers and one of
+the heads there are, so loading builds the network from its settings, with the head that its keys
 name, and gives every layer the shape of its tensors.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from crnn.data.images import HEIGHT
 from crnn.devices import layout_of
 from crnn.errors import CheckpointError, UserError
 from crnn.files import write_atomic
-from crnn.networks.recogniser import Recogniser, two_layer_head
+from crnn.networks.heads import HeadWithRows, two_layer_head
+from crnn.networks.recogniser import Recogniser
 from crnn.reading import Reader
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import Run, start
@@ -152,9 +154,7 @@ def recogniser_of(settings: ModelSettings, classes: int, tensors: dict[str, Tens
     """
     with torch.device("meta"):  # Shapes alone: absurd ones must not take memory.
         model = Recogniser(settings, classes)
-        if "head.0.weight" in tensors:
-            features = 2 * settings.hidden
-            model.head = two_layer_head(features, min(features, classes), classes)
+        model.head = _head_like(_under("head.", tensors), 2 * settings.hidden, classes)
     _refuse_unfit(model, tensors)
     for name, module in model.named_modules():
         _resize_layer(module, _under(f"{name}.", tensors))
@@ -167,6 +167,17 @@ def recogniser_of(settings: ModelSettings, classes: int, tensors: dict[str, Tens
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"the layers do not fit each other ({error})") from error
     return model
+
+
+def _head_like(tensors: dict[str, Tensor], features: int, classes: int) -> nn.Module:
+    """The head of such tensors, as large as it can be."""
+    rank = min(features, classes)
+    if "rows.weight" in tensors:
+        rows = min(math.prod(tensors["rows.weight"].shape[:1]), classes)
+        return HeadWithRows(features, rank, classes, rows)
+    if "0.weight" in tensors:
+        return two_layer_head(features, rank, classes)
+    return nn.Linear(features, classes)
 
 
 def _refuse_unfit(model: Recogniser, tensors: dict[str, Tensor]) -> None:
@@ -183,7 +194,8 @@ def _refuse_unfit(model: Recogniser, tensors: dict[str, Tensor]) -> None:
             )
     for name, tensor in tensors.items():
         full = expected[name]
-        if tensor.dtype.is_floating_point != full.dtype.is_floating_point:
+        both_float = tensor.is_floating_point() and full.is_floating_point()
+        if tensor.dtype != full.dtype and not both_float:
             raise CheckpointError(f"tensor {name} is of {tensor.dtype}, not {full.dtype}")
         if tensor.ndim != full.ndim or not _within(tensor.shape, full.shape):
             raise CheckpointError(

@@ -104,7 +104,7 @@ class _ForOnnxruntime(Shipped):
 def _filled_up(head: nn.Module) -> nn.Module:
     """A head with classes of no probability behind its own, up to a multiple of TILE."""
     filled = copy.deepcopy(head)
-    last = filled[-1] if isinstance(filled, nn.Sequential) else filled
+    *_, last = filled.modules()
     assert isinstance(last, nn.Linear)
     more = -last.out_features % TILE
     last.weight = nn.Parameter(F.pad(last.weight.detach(), (0, 0, 0, more)))

@@ -1,5 +1,6 @@
-"""The CTC head as a product of two matrices of low rank."""
+"""The CTC head as a product of two matrices of low rank, and whole rows for some classes."""
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,10 +12,23 @@ from crnn.errors import SettingsError
 from crnn.networks.recogniser import Recogniser
 from pruning.moments import TINY, Moments, Sums
 
+READERS = ("weight", "0.weight", "rows.weight", "low_rank.0.weight")
+"""Of the tensors of the heads there are, those that read what the LSTM says."""
 
-def head_names(model: Recogniser) -> list[str]:
-    """Of the head's tensors: one weight or two, in the order they are applied, and the bias."""
-    return [f"head.{name}" for name in model.head.state_dict()]
+
+def head_readers(model: Recogniser) -> list[str]:
+    """Weights of the head whose columns (2 x hidden, forward first) read the LSTM."""
+    return [f"head.{name}" for name in model.head.state_dict() if name in READERS]
+
+
+@torch.inference_mode()
+def whole_weight(model: Recogniser) -> Tensor:
+    """The one matrix, (K, 2 x hidden), float64, that the head multiplies by, however it is made."""
+    head = copy.deepcopy(model.head).double()
+    *_, bias = head.parameters()
+    bias.zero_()
+    product: Tensor = head(torch.eye(2 * model.rnn.hidden_size).double())
+    return product.T
 
 
 @dataclass(frozen=True)
@@ -79,41 +93,54 @@ def factorise(weight: Tensor, rank: int, frames: Frames | None = None) -> tuple[
     return scale[:, None] * first, then / scale
 
 
-def cut_head(model: Recogniser, rank: int, frames: Frames | None = None) -> Recogniser:
+def cut_head(
+    model: Recogniser, rank: int, rows: int = 0, frames: Frames | None = None
+) -> Recogniser:
     """Build the network whose head goes through `rank` numbers a frame.
 
     Args:
-        model: Left as it is; its head may be of two layers already.
+        model: On the CPU, left as it is; its head may have been cut already.
         rank: At least 1.
+        rows: How many classes keep their row of weights besides: those of the largest share of the
+            frames or, without frames, of the largest norm. The rank is spent on the others.
         frames: Of the model. Their mean logits stay as they are: what the lower rank adds to these
             is taken off the bias. None leaves the bias alone.
 
     Raises:
-        SettingsError: The two layers would have as many weights as the head has now, or more.
+        SettingsError: The new head would have as many weights as there are now, or more.
     """
-    tensors = model.state_dict()
-    *weights, bias = head_names(model)
-    whole = tensors[weights[0]]
-    for name in weights[1:]:
-        whole = tensors[name] @ whole
-    _refuse_useless(rank, whole, sum(tensors[name].numel() for name in weights))
-    first, then = factorise(whole, rank, frames)
-    shift = tensors[bias].double()
+    whole = whole_weight(model)
+    _refuse_useless(rank, rows, model)
+    read = whole.norm(dim=1) if frames is None else frames.shares
+    own = read.argsort(descending=True, stable=True)[:rows].sort().values
+    others = whole.index_fill(0, own, 0)
+    first, then = factorise(others, rank, frames)
+    *_, bias = model.head.parameters()
+    shift = bias.detach().double()
     if frames is not None:
-        shift = shift + (whole.double() - then @ first) @ frames.read.mean
-    head = {"head.0.weight": first, "head.1.weight": then, "head.1.bias": shift}
-    kept = {name: t.clone() for name, t in tensors.items() if not name.startswith("head.")}
-    kept |= {name: tensor.to(whole.dtype).contiguous() for name, tensor in head.items()}
-    return recogniser_of(model.settings, model.classes, kept)
+        shift = shift + (others - then @ first) @ frames.read.mean
+    head = {"0.weight": first, "1.weight": then, "1.bias": shift}
+    if rows:
+        head = {f"low_rank.{name}": tensor for name, tensor in head.items()}
+        head |= {"rows.weight": whole[own], "classes": own}
+    tensors = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith("head.")}
+    for name, tensor in head.items():
+        kind = model.dtype if tensor.is_floating_point() else tensor.dtype
+        tensors[f"head.{name}"] = tensor.to(kind).contiguous()
+    return recogniser_of(model.settings, model.classes, tensors)
 
 
-def _refuse_useless(rank: int, weight: Tensor, present: int) -> None:
-    classes, features = weight.shape
-    if rank * (features + classes) < present:
+def _refuse_useless(rank: int, rows: int, model: Recogniser) -> None:
+    *weights, bias = model.head.parameters()
+    features, classes = 2 * model.rnn.hidden_size, len(bias)
+    present = sum(weight.numel() for weight in weights)
+    count = rank * (features + classes) + rows * features
+    if count < present:
         return
-    most = (present - 1) // (features + classes)
-    mend = f"set it to at most {most}, or leave it out" if most else "leave it out"
+    most = (present - rows * features - 1) // (features + classes)
+    mend = f"set it to at most {most}, or leave it out" if most > 0 else "leave it out"
+    own = f" + {rows} x {features}" * (rows > 0)
     raise SettingsError(
-        f"prune.head_rank has to make the head smaller; {rank} x ({features} + {classes}) ="
-        f" {rank * (features + classes)} weights are no less than its {present}; {mend}"
+        f"prune.head_rank has to make the head smaller; {rank} x ({features} + {classes}){own} ="
+        f" {count} weights are no less than its {present}; {mend}"
     )

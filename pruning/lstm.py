@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crnn.checkpoint import recogniser_of
 from crnn.networks.recogniser import Recogniser
-from pruning.head import head_names
+from pruning.head import head_readers, whole_weight
 from pruning.moments import Moments, Sums
 
 DIRECTIONS = ("", "_reverse")
@@ -106,11 +106,12 @@ def _fold(
             below = outputs[layer - 1]
             told = _reread(tensors, f"rnn.weight_ih_{cell}", masks[layer - 1].flatten(), below)
             tensors[f"rnn.bias_ih_{cell}"] += told
-    first, *others, bias = head_names(model)
-    told = _reread(tensors, first, masks[-1].flatten(), outputs[-1])
-    for weight in others:
-        told = tensors[weight] @ told
-    tensors[bias] += told
+    kept = masks[-1].flatten()
+    told = whole_weight(model)[:, ~kept] @ outputs[-1].predict(kept)[1]
+    for reader in head_readers(model):
+        _reread(tensors, reader, kept, outputs[-1])
+    *_, bias = model.head.state_dict()
+    tensors[f"head.{bias}"] += told
 
 
 def _reread(tensors: dict[str, Tensor], name: str, kept: Tensor, outputs: Moments) -> Tensor:
@@ -136,7 +137,7 @@ def _readers(model: Recogniser, layer: int) -> list[str]:
     """Weights whose columns (2 x hidden, forward first) read the outputs of a layer."""
     if layer + 1 < model.rnn.num_layers:
         return [f"rnn.weight_ih_l{layer + 1}{suffix}" for suffix in DIRECTIONS]
-    return head_names(model)[:1]
+    return head_readers(model)
 
 
 @torch.inference_mode()

@@ -77,7 +77,8 @@ class PruneSettings(Settings):
     head_rank is spent on what these lines have.
 
     lstm_ratio is the share of the hidden units that every layer and direction of the LSTM loses;
-    with a head_rank the head becomes two layers with so many numbers a frame between them.
+    with a head_rank the head becomes two layers with so many numbers a frame between them, and the
+    head_rows classes that are read most keep their row of weights besides.
     """
 
     targets: Targets = Targets()
@@ -89,6 +90,15 @@ class PruneSettings(Settings):
     calibration_lines: Annotated[int, Field(ge=1)] = 512
     lstm_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     head_rank: Annotated[int, Field(ge=1)] | None = None
+    head_rows: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _rows_are_beside_a_rank(self) -> Self:
+        if self.head_rows and self.head_rank is None:
+            raise ValueError(
+                f"head_rows {self.head_rows} needs a head_rank, for the classes without a row"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reference_does_not_round(self) -> Self:

@@ -27,7 +27,7 @@ def slim(
     Args:
         model: The uncut network, on the CPU; left as it is.
         masks: Channels to keep, as keep_masks gives them.
-        settings: Share of hidden units to remove, rank of the head.
+        settings: Share of hidden units to remove, rank and rows of the head.
         lines: Where to see what is removed, so that what is left can say it: channels their mean,
             hidden units what the others say of them, the head what it reads. None drops it.
 
@@ -40,7 +40,8 @@ def slim(
         units = keep_units(compact, settings.lstm_ratio)
         compact = cut_units(compact, units, _seen(outputs_of, compact, sample))
     if settings.head_rank is not None:
-        compact = cut_head(compact, settings.head_rank, _seen(frames_of, compact, sample))
+        frames = _seen(frames_of, compact, sample)
+        compact = cut_head(compact, settings.head_rank, settings.head_rows, frames)
     return compact
 
 

@@ -16,6 +16,7 @@ from crnn.data.batches import Lines
 from crnn.data.images import fit_line
 from crnn.data.render import render_line
 from crnn.data.sources import Rendered
+from crnn.networks.heads import HeadWithRows, two_layer_head
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings, TextSettings
 
@@ -98,6 +99,23 @@ def random_recogniser(
             layer.running_mean.normal_(0, 0.5)
             layer.running_var.uniform_(0.5, 2)
     return model
+
+
+HEADS = [(None, 0), (3, 0), (3, 2)]
+"""Rank and rows of each kind of head."""
+
+
+def give_head(model: Recogniser, rank: int | None, rows: int = 0) -> None:
+    """Put a random head of that kind on the network; None leaves its own."""
+    features = 2 * model.rnn.hidden_size
+    if rank is None:
+        return
+    if rows:
+        head = HeadWithRows(features, rank, model.classes, rows)
+        head.classes = torch.arange(rows) * 3 + 1
+        model.head = head.to(model.dtype)
+    else:
+        model.head = two_layer_head(features, rank, model.classes).to(model.dtype)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import copy
 from bisect import bisect_right
 
 import torch
-from torch import nn
 
 from crnn.checkpoint import load_checkpoint
-from crnn.networks.recogniser import Recogniser, expect_blanks, initialise, two_layer_head
+from crnn.networks.heads import expect_blanks
+from crnn.networks.recogniser import Recogniser, initialise
 from crnn.settings import TrainSettings
 from flows.cache import MODEL
 from flows.stages.training import train
@@ -98,12 +98,9 @@ def width_for(count: int, pruned: Recogniser) -> float:
 
 def uncut_like(pruned: Recogniser, width: float) -> Recogniser:
     """A network with all channels of that width factor, and LSTM and head like the cut one's."""
-    hidden = pruned.rnn.hidden_size
-    settings = pruned.settings.model_copy(update={"width": width, "hidden": hidden})
-    model = Recogniser(settings, pruned.classes)
-    if isinstance(pruned.head, nn.Sequential):
-        rank = len(next(pruned.head.parameters()))
-        model.head = two_layer_head(2 * hidden, rank, pruned.classes)
+    changed = {"width": width, "hidden": pruned.rnn.hidden_size}
+    model = Recogniser(pruned.settings.model_copy(update=changed), pruned.classes)
+    model.head = copy.deepcopy(pruned.head)
     return model
 
 

@@ -10,25 +10,25 @@ from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint, load_checkpoint, load_run, save_checkpoint, save_run
 from crnn.data.batches import Lines
 from crnn.errors import CheckpointError
-from crnn.networks.recogniser import Recogniser, two_layer_head
+from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import fit, start
 from pruning.gammas import absolute_gammas
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
 from pruning.surgery import cut
+from tests.conftest import HEADS, give_head
 
 DIGITS = Charset("0123456789")
 
 
-def small(seed: int = 0, head_rank: int | None = None) -> Recogniser:
+def small(seed: int = 0, head_rank: int | None = None, head_rows: int = 0) -> Recogniser:
     torch.manual_seed(seed)
     model = Recogniser(ModelSettings(width=0.1, hidden=8), DIGITS.classes).eval()
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(layer.weight, 0, 1)
-    if head_rank is not None:
-        model.head = two_layer_head(16, head_rank, DIGITS.classes)
+    give_head(model, head_rank, head_rows)
     return model
 
 
@@ -118,6 +118,38 @@ def test_tampered_heads_of_two_layers_are_refused(tmp_path: Path, change, messag
     refuse_tampered(tmp_path / "model.safetensors", small(head_rank=4), change, message)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_head_with_rows_comes_back_from_its_keys_alone(tmp_path: Path, rows: int) -> None:
+    model = small(head_rank=3, head_rows=rows)
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, Checkpoint(model, DIGITS, 160, "prune"))
+    loaded = load_checkpoint(path).model
+    assert loaded.head.classes.tolist() == [1, 4, 7, 10][:rows]
+    images = torch.randn(2, 3, 32, 64)
+    with torch.inference_mode():
+        assert torch.equal(model(images), loaded(images))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("head.classes"), "missing tensors"),
+        (lambda t, m: t.update({"head.classes": torch.tensor([1, 11])}), "do not fit"),
+        (lambda t, m: t.update({"head.classes": torch.tensor([-1, 4])}), "do not fit"),
+        (lambda t, m: t.update({"head.classes": torch.tensor([1])}), "do not fit"),
+        (lambda t, m: t.update({"head.classes": torch.tensor(1)}), "at most"),
+        (lambda t, m: t.update({"head.classes": torch.zeros(2)}), "of torch.float32, not"),
+        (lambda t, m: t.update({"head.classes": torch.zeros(2).int()}), "of torch.int32, not"),
+        (lambda t, m: t.update({"head.rows.weight": torch.zeros(12, 16)}), "at most"),
+        (lambda t, m: t.update({"head.rows.weight": torch.zeros(())}), "at most"),
+        (lambda t, m: t.update({"head.low_rank.1.bias": torch.zeros(1)}), "11 classes"),
+    ],
+)
+def test_tampered_heads_with_rows_are_refused(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    model = small(head_rank=3, head_rows=2)
+    refuse_tampered(tmp_path / "model.safetensors", model, change, message)
+
+
 def refuse_tampered(path: Path, model: Recogniser, change, message: str) -> None:  # type: ignore[no-untyped-def]
     save_checkpoint(path, Checkpoint(model, DIGITS, 160, "baseline"))
     from safetensors import safe_open
@@ -131,16 +163,16 @@ def refuse_tampered(path: Path, model: Recogniser, change, message: str) -> None
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("head_rank", [None, 3])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_resumed_training_ends_in_the_same_bits(
-    tmp_path: Path, lines: Lines, head_rank: int | None
+    tmp_path: Path, lines: Lines, head: tuple[int | None, int]
 ) -> None:
     settings = TrainSettings(epochs=3, batch_size=8)
-    straight = start(small(head_rank=head_rank), settings, seed=5)
+    straight = start(small(0, *head), settings, seed=5)
     fit(straight, lines, settings)
 
     path = tmp_path / "state.safetensors"
-    halted = start(small(head_rank=head_rank), settings, seed=5)
+    halted = start(small(0, *head), settings, seed=5)
 
     def halt(_: dict[str, float]) -> None:
         save_run(path, halted)
@@ -149,7 +181,7 @@ def test_a_resumed_training_ends_in_the_same_bits(
 
     with pytest.raises(InterruptedError):
         fit(halted, lines, settings, on_epoch=halt)
-    resumed = load_run(path, small(9, head_rank), settings)
+    resumed = load_run(path, small(9, *head), settings)
     assert (resumed.epoch, resumed.seed) == (2, 5)
     fit(resumed, lines, settings)
 

@@ -22,8 +22,8 @@ from crnn.errors import CheckpointError
 from crnn.export import Shipped, export_onnx, export_program
 from crnn.reading import DIGEST, METADATA, load_exported, read_images
 from crnn.settings import ExportSettings
-from pruning.head import cut_head
-from tests.conftest import DIGITS, random_recogniser
+from pruning.head import cut_head, frames_of
+from tests.conftest import DIGITS, give_head, random_recogniser
 
 CHECKPOINT = Checkpoint(random_recogniser().float().eval(), Charset("0123456789"), 160, "finetune")
 
@@ -52,8 +52,8 @@ def test_an_export_reads_as_the_network_at_any_width_and_batch(
     assert exported.provenance == {"ratio": 0.62}
 
 
-@pytest.mark.parametrize("rank", [None, 5])
-def test_the_best_of_many_classes_is_found(tmp_path: Path, rank: int | None) -> None:
+@pytest.mark.parametrize(("rank", "rows"), [(None, 0), (5, 0), (5, 20)])
+def test_the_best_of_many_classes_is_found(tmp_path: Path, rank: int | None, rows: int) -> None:
     characters = "".join(chr(0x4E00 + number) for number in range(100))
     model = random_recogniser(classes=101).float().eval()
     torch.nn.init.normal_(model.head.weight)
@@ -63,7 +63,7 @@ def test_the_best_of_many_classes_is_found(tmp_path: Path, rank: int | None) -> 
         frames = model.rnn(model.features(normalise(images)))[0].mean((0, 1))
         model.head.bias.copy_(-model.head.weight @ frames)
     if rank:
-        model = cut_head(model, rank)
+        model = cut_head(model, rank, rows, frames_of(model, [normalise(images)]))
     best = Checkpoint(model, Charset(characters), 160, "finetune")
     settings = ExportSettings(output="classes")
     export_onnx(tmp_path / "model.onnx", best, settings, {})
@@ -98,6 +98,18 @@ def test_a_program_of_torch_computes_the_same_at_any_width_and_batch(
         given = given if chosen.normalise else normalise(given)
         with torch.no_grad():
             torch.testing.assert_close(program(given), shipped(given), rtol=0, atol=1e-4)
+
+
+def test_a_program_of_torch_has_a_head_with_rows(tmp_path: Path) -> None:
+    model = random_recogniser().float().eval()
+    give_head(model, 3, 2)
+    checkpoint = Checkpoint(model, Charset("0123456789"), 160, "finetune")
+    export_program(tmp_path / "model.pt2", checkpoint, ExportSettings(), {})
+    program = torch.export.load(tmp_path / "model.pt2").module(check_guards=False)
+    given = torch.randint(0, 255, (3, 32, 160, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = Shipped(model, ExportSettings())(given)
+        torch.testing.assert_close(program(given), expected, rtol=0, atol=1e-4)
 
 
 def test_a_deployed_network_of_timm_is_exported(tmp_path: Path) -> None:

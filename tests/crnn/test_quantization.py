@@ -16,7 +16,7 @@ from crnn.networks.deploy import deployed
 from crnn.quantization import layers_of, quantize
 from crnn.reading import load_exported
 from crnn.settings import ExportSettings
-from tests.conftest import random_recogniser
+from tests.conftest import give_head, random_recogniser
 
 
 def pixels(count: int, width: int) -> np.ndarray:
@@ -44,6 +44,21 @@ def test_a_network_in_8_bits_is_small_and_close(tmp_path: Path, normalise: bool)
     assert read.provenance == {"ratio": 0.62}
     best, expected = (r.best_path(pixels(3, 80))[0] for r in (read, truth))
     assert 0 < np.abs(best - expected).mean() < 0.05
+
+
+def test_all_matrices_of_a_head_with_rows_are_in_8_bits(tmp_path: Path) -> None:
+    model = random_recogniser(0.3).float().eval()
+    give_head(model, 3, 2)
+    exact, rounded = tmp_path / "exact.onnx", tmp_path / "rounded.onnx"
+    checkpoint = Checkpoint(model, Charset("0123456789"), 160, "x")
+    export_onnx(exact, checkpoint, ExportSettings(), {})
+    assert len(layers_of(exact)) == 15, "ten convolutions, two LSTM layers, three in the head"
+    quantize(exact, rounded, [pixels(4, 64), pixels(4, 96)], layers_of(exact))
+    tensors = onnx.load(rounded).graph.initializer
+    stored = [list(t.dims) for t in tensors if t.data_type == onnx.TensorProto.INT8]
+    assert all(shape in stored for shape in ([16, 2], [16, 3], [3, 11]))
+    read, truth = (load_exported(path).best_path(pixels(3, 80))[0] for path in (rounded, exact))
+    assert np.abs(read - truth).mean() < 0.05
 
 
 def test_a_network_in_8_bits_computes_the_same_on_a_cpu_whose_sums_have_16(tmp_path: Path) -> None:

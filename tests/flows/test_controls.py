@@ -11,7 +11,7 @@ import torch
 
 from crnn.checkpoint import load_checkpoint
 from crnn.metrics import wilson_interval
-from crnn.networks.recogniser import Recogniser, two_layer_head
+from crnn.networks.recogniser import Recogniser
 from crnn.networks.vgg import CHANNELS
 from crnn.settings import ExportSettings, ModelSettings
 from flows.cache import SUMMARY, Manifest
@@ -26,7 +26,7 @@ from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
 from pruning.slimming import slim
 from pruning.surgery import cut
-from tests.conftest import random_recogniser
+from tests.conftest import give_head, random_recogniser
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import TINY, Project, computed, copy_of, points_of, runs_of
 from tests.flows.test_pipeline import start_and_wait_for, weights
@@ -84,22 +84,23 @@ def test_the_width_found_is_the_largest_of_all_with_few_enough_parameters(
     assert parameters(model)["total"] == parameters_of(found, 8, 11)
 
 
-@pytest.mark.parametrize("head_rank", [None, 2])
-def test_a_small_network_has_lstm_and_head_like_the_cut_one(head_rank: int | None) -> None:
+@pytest.mark.parametrize("head", [{}, {"head_rank": 2}, {"head_rank": 2, "head_rows": 3}])
+def test_a_small_network_has_lstm_and_head_like_the_cut_one(head: dict[str, int]) -> None:
     model = random_recogniser(width=0.2)
     gammas = absolute_gammas(model)
-    settings = PruneSettings(lstm_ratio=0.5, head_rank=head_rank)
+    settings = PruneSettings.model_validate({"lstm_ratio": 0.5, **head})
     pruned = slim(model, keep_masks(gammas, 0.5, settings), settings)
     found = as_small(pruned)
     assert found.rnn.hidden_size == found.settings.hidden == pruned.rnn.hidden_size == 4
     assert [p.shape for p in found.head.parameters()] == [p.shape for p in pruned.head.parameters()]
+    assert all(map(torch.equal, fresh(found, 0).head.buffers(), pruned.head.buffers()))
     count = parameters(found)["total"]
     assert 0.95 * parameters(pruned)["total"] < count <= parameters(pruned)["total"]
 
 
 def test_a_small_network_is_as_small_beside_the_cut_head_of_many_classes() -> None:
     pruned = Recogniser(ModelSettings(width=0.1, hidden=8), 3000)
-    pruned.head = two_layer_head(16, 2, 3000)
+    give_head(pruned, 2)
     found = as_small(pruned)
     assert found.settings.width == 0.1, "nothing of the channels was cut"
     assert parameters(found) == parameters(pruned)

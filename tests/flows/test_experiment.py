@@ -83,6 +83,7 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
         ("controls.ratios=[0.3]", r"controls.ratios needs controls.scratch or controls.small"),
         ("prune.lstm_ratio=1", r"prune.lstm_ratio: .*less than 1, not 1"),
         ("prune.head_rank=0", r"prune.head_rank: .*greater than or equal to 1, not 0"),
+        ("prune.head_rows=9", r"prune: head_rows 9 needs a head_rank, for the classes without"),
         ("model.backbone=MobileNetV3-small_100", r"did you mean mobilenetv3_small_100\?"),
         ("baseline.distill=1", r"baseline.distill needs a teacher section"),
         ("teacher={checkpoint: a, epochs: 0, model: {hidden: 8}}", r"leave out model, or it$"),

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from crnn.errors import SettingsError
-from crnn.networks.recogniser import Recogniser, two_layer_head
+from crnn.networks.recogniser import Recogniser
 from pruning.cost import macs, parameters
-from pruning.head import Frames, cut_head, factorise, frames_of
+from pruning.head import Frames, cut_head, factorise, frames_of, head_readers, whole_weight
 from pruning.moments import Moments
-from tests.conftest import random_recogniser
+from tests.conftest import HEADS, give_head, random_recogniser
 
 
 @pytest.mark.parametrize("shape", [(11, 16), (40, 16), (16, 16), (3, 2)])
@@ -53,7 +53,7 @@ def test_with_frames_the_error_of_the_logits_is_the_least_of_the_rank(rank: int)
     """
     model = random_recogniser()
     before = logits_of(model)
-    compact = cut_head(model, rank, frames_of(model, images_of_lines()))
+    compact = cut_head(model, rank, frames=frames_of(model, images_of_lines()))
     error = logits_of(compact) - before
     shares = before.softmax(1).mean(0)
     spread = torch.cov(before.T * shares.sqrt()[:, None], correction=0)
@@ -103,6 +103,73 @@ def test_a_head_of_two_layers_is_cut_again() -> None:
     assert torch.allclose(again[1].weight @ again[0].weight, once[1].weight @ once[0].weight)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_the_whole_weight_is_what_the_head_multiplies_by(head: tuple[int | None, int]) -> None:
+    model = random_recogniser()
+    give_head(model, *head)
+    frames = torch.randn(5, 16, dtype=torch.float64)
+    *_, bias = model.head.parameters()
+    with torch.inference_mode():
+        expected = model.head(frames)
+        assert (frames @ whole_weight(model).T + bias - expected).abs().max() < 1e-12
+        for name in head_readers(model):
+            model.get_parameter(name).zero_()
+        assert torch.equal(model.head(frames), bias.expand(5, 11)), "nothing else reads"
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_classes_that_are_read_most_keep_their_row_and_the_rank_serves_the_others(
+    rank: int,
+) -> None:
+    """Eckart and Young once more, in the logits of the others alone."""
+    model = random_recogniser()
+    before = logits_of(model)
+    frames = frames_of(model, images_of_lines())
+    compact = cut_head(model, rank, 3, frames)
+    error = logits_of(compact) - before
+    own = frames.shares.topk(3).indices.sort().values
+    assert torch.equal(compact.head.classes, own)
+    assert error[:, own].abs().max() < 1e-12
+    counted = before.softmax(1).mean(0).index_fill(0, own, 0)
+    spread = torch.cov(before.T * counted.sqrt()[:, None], correction=0)
+    dropped = float(torch.linalg.eigvalsh(spread)[:-rank].sum())
+    assert float((error.square().mean(0) * counted).sum()) == pytest.approx(dropped, rel=1e-5)
+    assert error.mean(0).abs().max() < 1e-12
+
+
+def test_without_frames_the_largest_rows_stay() -> None:
+    model = random_recogniser()
+    weight = model.head.weight.data
+    weight[[2, 9]] *= 10
+    compact = cut_head(model, 2, 2)
+    assert compact.head.classes.tolist() == [2, 9]
+    found = whole_weight(compact)
+    assert torch.equal(found[[2, 9]], weight[[2, 9]])
+    others = weight.index_fill(0, torch.tensor([2, 9]), 0)
+    dropped = torch.linalg.eigvalsh(others @ others.T)[:-2]
+    assert float((found - weight).norm()) == pytest.approx(float(dropped.sum().sqrt()), rel=1e-9)
+
+
+def test_a_head_with_rows_is_cut_again() -> None:
+    model = random_recogniser()
+    give_head(model, 3, 3)
+    with torch.inference_mode():
+        for name in ("head.low_rank.0.weight", "head.low_rank.1.weight"):
+            model.get_parameter(name).mul_(0.01)
+    again = cut_head(model, 3, 2)
+    assert parameters(again)["head"] == parameters(model)["head"] - 16
+    assert set(again.head.classes.tolist()) < set(model.head.classes.tolist())
+    assert (whole_weight(again) - whole_weight(model)).abs().max() < 0.01
+
+
+def test_cost_counts_rows() -> None:
+    model = random_recogniser().float()
+    compact = cut_head(model, 3, 2)
+    weights = 3 * (16 + 11) + 2 * 16
+    assert parameters(compact)["head"] == weights + 11
+    assert macs(model) - macs(compact) == 32 * (16 * 11 - weights)
+
+
 def test_cost_counts_both_layers() -> None:
     model = random_recogniser().float()
     compact = cut_head(model, 3)
@@ -117,7 +184,13 @@ def test_a_rank_that_saves_nothing_is_refused_and_the_named_one_works() -> None:
     with pytest.raises(SettingsError, match=rule):
         cut_head(model, 7)
     assert parameters(cut_head(model, 6))["head"] < parameters(model)["head"]
+    rule = r"4 x \(16 \+ 11\) \+ 5 x 16 = 188 weights are no less .*; set it to at most 3,"
+    with pytest.raises(SettingsError, match=rule):
+        cut_head(model, 4, 5)
+    assert parameters(cut_head(model, 3, 5))["head"] < parameters(model)["head"]
+    with pytest.raises(SettingsError, match="203 weights are no less than its 176; leave it out"):
+        cut_head(model, 1, 11)
     thin = random_recogniser()
-    thin.head = two_layer_head(16, 1, 11).double()
+    give_head(thin, 1)
     with pytest.raises(SettingsError, match="27 weights are no less than its 27; leave it out"):
         cut_head(thin, 1)

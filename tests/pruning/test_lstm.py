@@ -3,25 +3,26 @@
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from typing import TypeAlias
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from crnn.networks.recogniser import Recogniser, two_layer_head
+from crnn.networks.recogniser import Recogniser
 from pruning.lstm import cut_units, keep_units, magnitudes, outputs_of
-from tests.conftest import random_recogniser
+from tests.conftest import HEADS, give_head, random_recogniser
 
 CELLS = {(0, 0): "l0", (0, 1): "l0_reverse", (1, 0): "l1", (1, 1): "l1_reverse"}
 IMAGES = torch.randn(2, 3, 32, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-rank_or_none = pytest.mark.parametrize("head_rank", [None, 3])
+Head: TypeAlias = tuple[int | None, int]
+all_heads = pytest.mark.parametrize("head", HEADS)
 
 
-def strong_recogniser(head_rank: int | None = None) -> Recogniser:
+def strong_recogniser(head: Head = (None, 0)) -> Recogniser:
     """Hidden size 8, recurrent weights large enough that every unit matters to every other."""
     model = random_recogniser()
-    if head_rank is not None:
-        model.head = two_layer_head(16, head_rank, 11).double()
+    give_head(model, *head)
     with torch.no_grad():
         for weight in model.rnn.parameters():
             weight.mul_(3)
@@ -49,10 +50,10 @@ def random_masks(kept: int, seed: int = 0) -> Tensor:
     return scores.argsort(2).argsort(2) < kept
 
 
-@rank_or_none
+@all_heads
 @pytest.mark.parametrize("kept", [8, 7, 4, 1])
-def test_cutting_silent_units_changes_nothing(kept: int, head_rank: int | None) -> None:
-    model, masks = strong_recogniser(head_rank), random_masks(kept)
+def test_cutting_silent_units_changes_nothing(kept: int, head: Head) -> None:
+    model, masks = strong_recogniser(head), random_masks(kept)
     with torch.inference_mode():
         before = model(IMAGES)
         silence(model, masks)
@@ -63,27 +64,27 @@ def test_cutting_silent_units_changes_nothing(kept: int, head_rank: int | None) 
     assert kept == 8 or (before - silent).abs().max() > 1e-2, "the units mattered"
 
 
-@rank_or_none
-def test_the_network_is_left_as_it_is(head_rank: int | None) -> None:
-    model = strong_recogniser(head_rank)
+@all_heads
+def test_the_network_is_left_as_it_is(head: Head) -> None:
+    model = strong_recogniser(head)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     cut_units(model, random_masks(3), outputs_of(model, [IMAGES]))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@rank_or_none
-def test_a_magnitude_is_what_zeroing_the_group_takes_off_the_norm(head_rank: int | None) -> None:
-    sizes = magnitudes(strong_recogniser(head_rank))
+@all_heads
+def test_a_magnitude_is_what_zeroing_the_group_takes_off_the_norm(head: Head) -> None:
+    sizes = magnitudes(strong_recogniser(head))
     for (layer, direction), cell in CELLS.items():
         for unit in range(8):
-            model = strong_recogniser(head_rank)
+            model = strong_recogniser(head)
             before = square_of(model)
             for rows in rows_of(model, cell, unit):
                 rows.zero_()
             model.get_parameter(f"rnn.weight_hh_{cell}").data[:, unit] = 0
-            head = model.head if head_rank is None else model.head[0]
-            readers = [model.rnn.weight_ih_l1, model.rnn.weight_ih_l1_reverse]
-            for reader in [head.weight] if layer == 1 else readers:
+            next_layer = [model.rnn.weight_ih_l1, model.rnn.weight_ih_l1_reverse]
+            in_head = [p for p in model.head.parameters() if p.shape[1:] == (16,)]
+            for reader in in_head if layer == 1 else next_layer:
                 reader.data[:, 8 * direction + unit] = 0
             expected = (before - square_of(model)) ** 0.5
             assert float(sizes[layer, direction, unit]) == pytest.approx(expected, rel=1e-9)
@@ -154,10 +155,10 @@ def hold_constant(model: Recogniser, masks: Tensor) -> Tensor:
     return constants
 
 
-@rank_or_none
-def test_compensation_is_exact_for_constant_units(head_rank: int | None) -> None:
+@all_heads
+def test_compensation_is_exact_for_constant_units(head: Head) -> None:
     """Against the uncut LSTM that remembers the constants already before the first frame."""
-    model, masks = strong_recogniser(head_rank), random_masks(5)
+    model, masks = strong_recogniser(head), random_masks(5)
     constants = hold_constant(model, masks)
     said = outputs_of(model, [IMAGES])
     means = torch.stack([layer.mean for layer in said]).view(2, 2, 8)
@@ -170,10 +171,10 @@ def test_compensation_is_exact_for_constant_units(head_rank: int | None) -> None
         assert (cut_units(model, masks)(IMAGES) - truth).abs().max() > 1e-2
 
 
-@rank_or_none
-def test_units_that_say_what_others_say_are_not_missed(head_rank: int | None) -> None:
+@all_heads
+def test_units_that_say_what_others_say_are_not_missed(head: Head) -> None:
     """Unit 7 of every layer and direction is unit 0 again, whatever reads it: both begin at 0."""
-    model = strong_recogniser(head_rank)
+    model = strong_recogniser(head)
     for cell in CELLS.values():
         for rows in rows_of(model, cell, slice(None)):
             rows[:, 7] = rows[:, 0]

@@ -26,8 +26,8 @@ shares = st.integers(0, 80).map(lambda percent: percent / 100)
 ranks = st.none() | st.integers(1, 6)
 
 
-def costs(ratio: float, lstm_ratio: float, head_rank: int | None) -> list[int]:
-    settings = PruneSettings(lstm_ratio=lstm_ratio, head_rank=head_rank)
+def costs(ratio: float, lstm_ratio: float, head_rank: int | None, head_rows: int = 0) -> list[int]:
+    settings = PruneSettings(lstm_ratio=lstm_ratio, head_rank=head_rank, head_rows=head_rows)
     model = slim(UNCUT, keep_masks(absolute_gammas(UNCUT), ratio, settings), settings)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return [*parameters(model).values(), macs(model), size]
@@ -50,13 +50,24 @@ def test_no_cost_grows_with_a_ratio_or_as_the_rank_falls(
     assert all(d <= c for d, c in zip(deeper, lighter, strict=True))
 
 
+@hypothesis_settings(max_examples=20, deadline=None)
+@given(shares, st.integers(1, 3), st.tuples(st.integers(0, 4), st.integers(0, 4)))
+def test_no_cost_falls_with_the_rows(ratio: float, rank: int, rows: tuple[int, int]) -> None:
+    fewer, more = (costs(ratio, 0, rank, count) for count in sorted(rows))
+    assert all(f <= m for f, m in zip(fewer, more, strict=True))
+
+
 def bits_of(model: Recogniser) -> bytes:
     return checkpoint_bytes(Checkpoint(model, Charset("0123456789"), 320, "prune"))
 
 
-@pytest.mark.parametrize("compensate", [True, False])
-def test_channels_units_and_head_are_cut_in_this_order(lines: Lines, compensate: bool) -> None:
-    settings = PruneSettings(lstm_ratio=0.5, head_rank=2, calibration_lines=10)
+@pytest.mark.parametrize(("compensate", "rows"), [(True, 0), (True, 1), (False, 0)])
+def test_channels_units_and_head_are_cut_in_this_order(
+    lines: Lines, compensate: bool, rows: int
+) -> None:
+    settings = PruneSettings(
+        lstm_ratio=0.5, head_rank=2, head_rows=rows, calibration_lines=10, compensate=compensate
+    )
     batches = evaluation_batches(lines.sample(10))
     images = [normalise(batch.images) for batch in batches] if compensate else None
     masks = keep_masks(absolute_gammas(UNCUT), 0.4, settings)
@@ -64,8 +75,8 @@ def test_channels_units_and_head_are_cut_in_this_order(lines: Lines, compensate:
     short = cut_units(thin, keep_units(thin, 0.5), outputs_of(thin, images) if images else None)
     found = slim(UNCUT, masks, settings, lines if compensate else None)
     frames = frames_of(short, images) if images else None
-    assert bits_of(found) == bits_of(cut_head(short, 2, frames))
-    assert (found.rnn.hidden_size, found.head[0].weight.shape) == (4, (2, 8))
+    assert bits_of(found) == bits_of(cut_head(short, 2, rows, frames))
+    assert (found.rnn.hidden_size, parameters(found)["head"]) == (4, 2 * (8 + 11) + rows * 8 + 11)
 
 
 def test_without_the_settings_only_channels_go() -> None:
