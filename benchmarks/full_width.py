@@ -4,7 +4,7 @@
 
 Takes a params file, and section.key=value for what shall differ from it. The charset of its data is
 filled up with Chinese characters that no label has: they cost what they cost the article, and the
-network has to learn not to read them. Cut are the CNN alone, at 0.62 and 0.87, and, at 0.64, the
+network has to learn not to read them. Cut are the CNN alone, at 0.62 and 0.87, and, at 0.62, the
 LSTM and the head as well, so that the whole network has at most 1.2 M parameters.
 """
 
@@ -26,7 +26,12 @@ CHARACTERS = 5962
 
 FIRST_IDEOGRAPH = 0x4E00
 ARTICLE = ["model.width=1", "model.hidden=48", "quantize=null"]
-BEYOND_THE_CNN = ["ratios=[0.64]", "prune.lstm_ratio=0.4", "prune.head_rank=16"]
+BEYOND_THE_CNN = [
+    "ratios=[0.62]",
+    "prune.lstm_ratio=0.61",
+    "prune.head_rank=2",
+    "prune.head_rows=65",  # The characters of the receipts, and the blank.
+]
 
 
 def main() -> None:
