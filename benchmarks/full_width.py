@@ -30,7 +30,7 @@ BEYOND_THE_CNN = [
     "ratios=[0.62]",
     "prune.lstm_ratio=0.61",
     "prune.head_rank=2",
-    "prune.head_rows=65",  # The characters of the receipts, and the blank.
+    "prune.head_rows=65",  # The blank, and as many as the receipts' charset has.
 ]
 
 
