@@ -119,15 +119,14 @@ def cut_head(
     shift = bias.detach().double()
     if frames is not None:
         shift = shift + (others - then @ first) @ frames.read.mean
+    kept = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith("head.")}
     head = {"0.weight": first, "1.weight": then, "1.bias": shift}
     if rows:
+        kept["head.classes"] = own
         head = {f"low_rank.{name}": tensor for name, tensor in head.items()}
-        head |= {"rows.weight": whole[own], "classes": own}
-    tensors = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith("head.")}
-    for name, tensor in head.items():
-        kind = model.dtype if tensor.is_floating_point() else tensor.dtype
-        tensors[f"head.{name}"] = tensor.to(kind).contiguous()
-    return recogniser_of(model.settings, model.classes, tensors)
+        head["rows.weight"] = whole[own]
+    kept |= {f"head.{name}": t.to(model.dtype).contiguous() for name, t in head.items()}
+    return recogniser_of(model.settings, model.classes, kept)
 
 
 def _refuse_useless(rank: int, rows: int, model: Recogniser) -> None:
@@ -138,9 +137,10 @@ def _refuse_useless(rank: int, rows: int, model: Recogniser) -> None:
     if count < present:
         return
     most = (present - rows * features - 1) // (features + classes)
-    mend = f"set it to at most {most}, or leave it out" if most > 0 else "leave it out"
+    mends = [f"set it to at most {most}"] if most > 0 else []
+    mends += ["set prune.head_rows lower", "leave both out"] if rows else ["leave it out"]
     own = f" + {rows} x {features}" * (rows > 0)
     raise SettingsError(
         f"prune.head_rank has to make the head smaller; {rank} x ({features} + {classes}){own} ="
-        f" {count} weights are no less than its {present}; {mend}"
+        f" {count} weights are no less than its {present}; {', or '.join(mends)}"
     )

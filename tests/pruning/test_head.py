@@ -184,11 +184,12 @@ def test_a_rank_that_saves_nothing_is_refused_and_the_named_one_works() -> None:
     with pytest.raises(SettingsError, match=rule):
         cut_head(model, 7)
     assert parameters(cut_head(model, 6))["head"] < parameters(model)["head"]
-    rule = r"4 x \(16 \+ 11\) \+ 5 x 16 = 188 weights are no less .*; set it to at most 3,"
+    rule = r"4 x \(16 \+ 11\) \+ 5 x 16 = 188 .* its 176; set it to at most 3, or set prune"
     with pytest.raises(SettingsError, match=rule):
         cut_head(model, 4, 5)
     assert parameters(cut_head(model, 3, 5))["head"] < parameters(model)["head"]
-    with pytest.raises(SettingsError, match="203 weights are no less than its 176; leave it out"):
+    rule = r"203 .* its 176; set prune\.head_rows lower, or leave both out"
+    with pytest.raises(SettingsError, match=rule):
         cut_head(model, 1, 11)
     thin = random_recogniser()
     give_head(thin, 1)
