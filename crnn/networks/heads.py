@@ -21,7 +21,7 @@ class HeadWithRows(nn.Module):
     decomposition"), but sparse by whole rows, which any runtime multiplies fast.
 
     Attributes:
-        classes: Those that have a row, (R,), int64.
+        classes: Those that have a row, (R,), int64; all 0 until they are set.
         rows: Features to R logits, which are added to those of low_rank.
         low_rank: Features to K logits, as two_layer_head makes it.
     """
@@ -30,7 +30,8 @@ class HeadWithRows(nn.Module):
 
     def __init__(self, features: int, rank: int, classes: int, rows: int) -> None:
         super().__init__()
-        self.register_buffer("classes", torch.arange(rows))
+        # On the meta device torch.arange would import torch's compiler, for half a second.
+        self.register_buffer("classes", torch.zeros(rows, dtype=torch.int64))
         self.rows = nn.Linear(features, rows, bias=False)
         self.low_rank = two_layer_head(features, rank, classes)
 
