@@ -6,7 +6,6 @@ name, and gives every layer the shape of its tensors.
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +172,7 @@ def _head_like(tensors: dict[str, Tensor], features: int, classes: int) -> nn.Mo
     """The head of such tensors, as large as it can be."""
     rank = min(features, classes)
     if "rows.weight" in tensors:
-        rows = min(math.prod(tensors["rows.weight"].shape[:1]), classes)
+        rows = min(tensors["rows.weight"].shape[:1].numel(), classes)
         return HeadWithRows(features, rank, classes, rows)
     if "0.weight" in tensors:
         return two_layer_head(features, rank, classes)
@@ -194,8 +193,7 @@ def _refuse_unfit(model: Recogniser, tensors: dict[str, Tensor]) -> None:
             )
     for name, tensor in tensors.items():
         full = expected[name]
-        both_float = tensor.is_floating_point() and full.is_floating_point()
-        if tensor.dtype != full.dtype and not both_float:
+        if tensor.dtype.is_floating_point != full.dtype.is_floating_point:
             raise CheckpointError(f"tensor {name} is of {tensor.dtype}, not {full.dtype}")
         if tensor.ndim != full.ndim or not _within(tensor.shape, full.shape):
             raise CheckpointError(

@@ -84,7 +84,7 @@ class _ForOnnxruntime(Shipped):
         self.head = self.recogniser.head if whole else _filled_up(self.recogniser.head)
 
     def logits(self, frames: Tensor) -> Tensor:
-        """A head that is given a matrix is one operation, its bias included."""
+        """A layer of the head that is given a matrix is one operation, its bias included."""
         lines, steps = frames.shape[:2]
         flat: Tensor = self.head(frames.flatten(0, 1))
         return flat.reshape(lines, steps, -1)

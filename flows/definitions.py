@@ -363,8 +363,9 @@ def _training(section: TrainSettings, seed: int) -> dict[str, Any]:
 
 def _pruning(experiment: Experiment) -> dict[str, Any]:
     settings = _dump(experiment.prune)
-    if not experiment.prune.lstm_ratio:
-        del settings["lstm_ratio"]  # It sets nothing there, and older keys do not have it.
+    for name in ("lstm_ratio", "head_rows"):
+        if not settings[name]:
+            del settings[name]  # It sets nothing there, and older keys do not have it.
     return settings
 
 

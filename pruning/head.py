@@ -138,7 +138,9 @@ def _refuse_useless(rank: int, rows: int, model: Recogniser) -> None:
         return
     most = (present - rows * features - 1) // (features + classes)
     mends = [f"set it to at most {most}"] if most > 0 else []
-    mends += ["set prune.head_rows lower", "leave both out"] if rows else ["leave it out"]
+    if count - rows * features < present and rows:
+        mends.append("set prune.head_rows lower")
+    mends.append("leave both out" if rows else "leave it out")
     own = f" + {rows} x {features}" * (rows > 0)
     raise SettingsError(
         f"prune.head_rank has to make the head smaller; {rank} x ({features} + {classes}){own} ="

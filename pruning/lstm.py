@@ -111,7 +111,7 @@ def _fold(
     for reader in head_readers(model):
         _reread(tensors, reader, kept, outputs[-1])
     *_, bias = model.head.state_dict()
-    tensors[f"head.{bias}"] += told
+    tensors[f"head.{bias}"] += told.to(tensors[f"head.{bias}"])
 
 
 def _reread(tensors: dict[str, Tensor], name: str, kept: Tensor, outputs: Moments) -> Tensor:

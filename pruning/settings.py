@@ -73,12 +73,13 @@ class PruneSettings(Settings):
     go for a multiple's sake while enough are dead: the cut is then smaller than its ratio.
 
     With compensate, what is removed goes on over calibration_lines training lines: a channel that
-    was not zero as a constant, its mean, and a hidden unit as what the others say of it; and a
-    head_rank is spent on what these lines have.
+    was not zero as a constant, its mean, and a hidden unit as what the others say of it; a
+    head_rank is spent on what the network reads there, and head_rows go to the classes that it
+    reads most. Without, weights alone decide about both.
 
     lstm_ratio is the share of the hidden units that every layer and direction of the LSTM loses;
-    with a head_rank the head becomes two layers with so many numbers a frame between them, and the
-    head_rows classes that are read most keep their row of weights besides.
+    with a head_rank the head becomes two layers with so many numbers a frame between them, and
+    head_rows classes keep their row of weights besides.
     """
 
     targets: Targets = Targets()

@@ -32,7 +32,7 @@ def slim(
             hidden units what the others say of them, the head what it reads. None drops it.
 
     Raises:
-        SettingsError: The rank saves nothing.
+        SettingsError: The head's rank and rows save nothing.
     """
     sample = None if lines is None else lines.sample(settings.calibration_lines)
     compact = cut(model, masks, _seen(mean_inputs, model, sample))

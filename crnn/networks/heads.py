@@ -1,4 +1,7 @@
-"""CTC heads: what the LSTM says of a frame to the logits of K classes, class 0 is the blank."""
+"""CTC heads: what the LSTM says of a frame to the logits of K classes, class 0 is the blank.
+
+Of every head the last layer has a row for each class, and its bias is the head's last parameter.
+"""
 
 import math
 
@@ -30,7 +33,7 @@ class HeadWithRows(nn.Module):
 
     def __init__(self, features: int, rank: int, classes: int, rows: int) -> None:
         super().__init__()
-        # On the meta device torch.arange would import torch's compiler, for half a second.
+        # On the meta device torch.arange would import sympy, for half a second.
         self.register_buffer("classes", torch.zeros(rows, dtype=torch.int64))
         self.rows = nn.Linear(features, rows, bias=False)
         self.low_rank = two_layer_head(features, rank, classes)

@@ -38,8 +38,8 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
         settings: Of the cut.
 
     Raises:
-        SettingsError: No ratio that the floors allow is cheap enough, or the head's rank saves
-            nothing.
+        SettingsError: No ratio that the floors allow is cheap enough, or the head's rank and rows
+            save nothing.
     """
 
     @cache

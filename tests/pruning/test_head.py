@@ -191,6 +191,9 @@ def test_a_rank_that_saves_nothing_is_refused_and_the_named_one_works() -> None:
     rule = r"203 .* its 176; set prune\.head_rows lower, or leave both out"
     with pytest.raises(SettingsError, match=rule):
         cut_head(model, 1, 11)
+    assert parameters(cut_head(model, 1, 9))["head"] < parameters(model)["head"]
+    with pytest.raises(SettingsError, match=r"205 .* its 176; set it to at most 5, or leave both"):
+        cut_head(model, 7, 1)
     thin = random_recogniser()
     give_head(thin, 1)
     with pytest.raises(SettingsError, match="27 weights are no less than its 27; leave it out"):
