@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from crnn.errors import SettingsError
+from flows.definitions import _pruning
 from flows.experiment import Experiment, load_experiment
 from tests.flows.conftest import TINY
 
@@ -31,6 +32,16 @@ def test_overrides_and_ratios_replace_what_the_file_says(tiny: Path) -> None:
     assert experiment.model.width == 0.5
     assert experiment.seed == 3
     assert experiment.ratios == (0.5, 0.9)
+
+
+def test_cuts_that_are_off_are_in_no_key(tiny: Path) -> None:
+    plain = _pruning(load_experiment(tiny))
+    assert {"lstm_ratio", "head_rank", "head_rows"}.isdisjoint(plain)
+    off = ["prune.lstm_ratio=0", "prune.head_rank=null", "prune.head_rows=0"]
+    assert _pruning(load_experiment(tiny, off)) == plain
+    on = {"lstm_ratio": 0.5, "head_rank": 2, "head_rows": 1}
+    changes = [f"prune.{name}={value}" for name, value in on.items()]
+    assert _pruning(load_experiment(tiny, changes)) == {**plain, **on}
 
 
 def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path) -> None:
