@@ -109,8 +109,8 @@ def cut_head(
     Raises:
         SettingsError: The new head would have as many weights as there are now, or more.
     """
-    whole = whole_weight(model)
     _refuse_useless(rank, rows, model)
+    whole = whole_weight(model)
     read = whole.norm(dim=1) if frames is None else frames.shares
     own = read.argsort(descending=True, stable=True)[:rows].sort().values
     others = whole.index_fill(0, own, 0)

@@ -13,7 +13,7 @@ from crnn.errors import SettingsError
 from crnn.networks.recogniser import Recogniser
 from pruning.cost import macs, parameters
 from pruning.gammas import absolute_gammas
-from pruning.head import cut_head, frames_of
+from pruning.head import cut_head, frames_of, head_readers
 from pruning.lstm import cut_units, keep_units, outputs_of
 from pruning.selection import keep_masks
 from pruning.settings import PruneSettings
@@ -77,6 +77,7 @@ def test_channels_units_and_head_are_cut_in_this_order(
     frames = frames_of(short, images) if images else None
     assert bits_of(found) == bits_of(cut_head(short, 2, rows, frames))
     assert (found.rnn.hidden_size, parameters(found)["head"]) == (4, 2 * (8 + 11) + rows * 8 + 11)
+    assert found.get_parameter(head_readers(found)[-1]).shape == (2, 8)
 
 
 def test_without_the_settings_only_channels_go() -> None:
