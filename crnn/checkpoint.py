@@ -1,8 +1,9 @@
 """One safetensors file for a network, and one for a training under way. No pickle anywhere.
 
-The state dict is the architecture: a cut network is the same class with narrower layers and one of
-the heads there are, so loading builds the network from its settings, with the head that its keys
-name, and gives every layer the shape of its tensors.
+The state dict is the architecture: a cut network is the same class with narrower layers, one of the
+heads there are and residual blocks that may have lost their branch. So loading builds the network
+from its settings, with the head and the blocks that its keys name, and gives every layer the shape
+of its tensors.
 """
 
 import json
@@ -23,6 +24,7 @@ from crnn.data.images import HEIGHT
 from crnn.devices import layout_of
 from crnn.errors import CheckpointError, UserError
 from crnn.files import write_atomic
+from crnn.networks.branches import Shortcut, drop_branches
 from crnn.networks.heads import HeadWithRows, two_layer_head
 from crnn.networks.recogniser import Recogniser
 from crnn.reading import Reader
@@ -154,6 +156,7 @@ def recogniser_of(settings: ModelSettings, classes: int, tensors: dict[str, Tens
     with torch.device("meta"):  # Shapes alone: absurd ones must not take memory.
         model = Recogniser(settings, classes)
         model.head = _head_like(_under("head.", tensors), 2 * settings.hidden, classes)
+        drop_branches(model, {name.removesuffix(".constant") for name in tensors})
     _refuse_unfit(model, tensors)
     for name, module in model.named_modules():
         _resize_layer(module, _under(f"{name}.", tensors))
@@ -218,9 +221,9 @@ def _resize_layer(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         module.running_var = torch.empty_like(tensors["running_var"])
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = tensors["weight"].shape
-    else:
+    elif not isinstance(module, Shortcut):
         return
-    for name, _ in list(module.named_parameters()):
+    for name, _ in list(module.named_parameters(recurse=False)):
         setattr(module, name, nn.Parameter(torch.empty_like(tensors[name])))
 
 

@@ -169,6 +169,8 @@ def sparse_stage(experiment: Experiment, upstream: Upstream, seed: int) -> Stage
     settings = _training(experiment.sparse, seed)
     if experiment.sparse.method != "auto":
         del settings["train"]["target_ratio"]  # It sets nothing there.
+    if not experiment.sparse.drop_branches:
+        del settings["train"]["drop_branches"]  # Older keys do not have it.
     names = ["data", "baseline"]
     if not experiment.sparse.from_baseline:
         names.remove("baseline")

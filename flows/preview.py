@@ -62,7 +62,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     for point, ratio, wish in points:
         uncut, masks = plan(index, ratio, experiment.prune)
         model = slim(uncut.model, masks, experiment.prune)
-        kept, shipped = list(widths(model).values()), as_it_ships(model)
+        kept, shipped = [int(mask.sum()) for mask in masks], as_it_ships(model)
         cuts.append(
             {
                 "point": point,

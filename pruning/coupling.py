@@ -8,7 +8,7 @@ on what; here that becomes groups of channels, each of which is kept or cut by i
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from crnn.checkpoint import DEPTHWISE
 from crnn.data.images import HEIGHT
+from crnn.networks.branches import last_norms, shortcuts_of
 from crnn.networks.recogniser import Recogniser
 
 LSTM = "rnn"
@@ -41,12 +42,15 @@ class Group:
         size: C, the number of channels.
         norms: For each BatchNorm the channel that each of its entries is of, (n,) int64 in [0, C).
         axes: The same for every tensor and axis that has something of the channels.
+        branch: Residual block that would lose nothing but its branch without these channels, by
+            its name; None where they are not all of a branch, or it cannot go.
     """
 
     name: str
     size: int
     norms: dict[str, Tensor]
     axes: dict[Axis, Tensor]
+    branch: str | None
 
 
 _known: dict[tuple[object, ...], list[Group]] = {}
@@ -58,7 +62,8 @@ def groups_of(model: Recogniser) -> list[Group]:
     Channels that no BatchNorm scales, such as the inner ones of squeeze-and-excitation, are in no
     group: nothing says how much they matter, so they stay.
     """
-    shapes = tuple(m.weight.shape for m in model.cnn.modules() if isinstance(m, nn.Conv2d))
+    layers = model.cnn.named_modules()
+    shapes = tuple((name, m.weight.shape) for name, m in layers if isinstance(m, nn.Conv2d))
     architecture = (model.settings.backbone, shapes)
     if architecture not in _known:
         _known[architecture] = _find_groups(model)
@@ -68,6 +73,7 @@ def groups_of(model: Recogniser) -> list[Group]:
 def _find_groups(model: Recogniser) -> list[Group]:
     modules = dict(model.named_modules())
     order = {name: place for place, name in enumerate(modules)}
+    blocks = last_norms(model)
     sides: dict[Side, dict[int, int]] = {}
     for channel, entries in enumerate(networkx.connected_components(_dependent_entries(model))):
         for side, entry in entries:
@@ -77,11 +83,13 @@ def _find_groups(model: Recogniser) -> list[Group]:
     for part in networkx.connected_components(shared):
         members = sorted((m for m in part if m in sides), key=lambda side: order[side[0]])
         if any(isinstance(modules[name], nn.BatchNorm2d) for name, _ in members):
-            groups.append(_group({m: sides[m] for m in members}, modules))
+            groups.append(_group({m: sides[m] for m in members}, modules, blocks))
     return sorted(groups, key=lambda group: order[group.name])
 
 
-def _group(sides: dict[Side, dict[int, int]], modules: dict[str, nn.Module]) -> Group:
+def _group(
+    sides: dict[Side, dict[int, int]], modules: dict[str, nn.Module], blocks: Iterable[str]
+) -> Group:
     """Number the channels of some layers in the order in which they appear."""
     numbers: dict[int, int] = {}
     norms: dict[str, Tensor] = {}
@@ -92,7 +100,8 @@ def _group(sides: dict[Side, dict[int, int]], modules: dict[str, nn.Module]) -> 
         if isinstance(modules[side[0]], nn.BatchNorm2d):
             norms[side[0]] = entries
         axes |= dict.fromkeys(_axes(side, modules[side[0]]), entries)
-    return Group(next(iter(norms)), len(numbers), norms, axes)
+    inside = (b for b in blocks if all(name.startswith(f"{b}.") for name, _ in sides))
+    return Group(next(iter(norms)), len(numbers), norms, axes, next(inside, None))
 
 
 def _axes(side: Side, layer: nn.Module) -> list[Axis]:
@@ -115,7 +124,11 @@ def _dependent_entries(model: Recogniser) -> networkx.Graph:
     probe.to(model.device, torch.float32)
     graph = torch_pruning.DependencyGraph()
     with torch.inference_mode(False), torch.enable_grad():  # It reads the autograd graph.
-        graph.build_dependency(probe, torch.zeros(1, 3, HEIGHT, 32, device=model.device))
+        graph.build_dependency(
+            probe,
+            torch.zeros(1, 3, HEIGHT, 32, device=model.device),
+            unwrapped_parameters=[(layer.constant, 0) for layer in shortcuts_of(probe)],
+        )
     names = {module: name for name, module in probe.named_modules()}
     entries = networkx.Graph()
     for layer in [m for m in graph.module2node if isinstance(m, nn.Conv2d) and names[m] != LSTM]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from crnn.networks.recogniser import Recogniser
+from pruning.coupling import groups_of
 from pruning.gammas import NEAR_ZERO, absolute_gammas, widths
 from pruning.selection import ratio_of
 from pruning.settings import SparseSettings
@@ -27,7 +28,7 @@ class Readiness:
         free_ratio: Largest prune ratio of four decimals that removes no live channel.
         accuracy: Val word accuracy of the network.
         baseline_accuracy: Of the network it was made from; None where there was none.
-        live: Live channels of each group, by its name.
+        live: Live channels of each group, by its name; none where a branch is dead as a whole.
         channels: All channels of each group.
         at_floor: Groups that are not allowed to lose more.
     """
@@ -46,8 +47,8 @@ def readiness(
 ) -> Readiness:
     """Judge a network at the end of its sparse stage.
 
-    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a group always stays;
-    floors and rounding of a cut may keep more.
+    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a group always stays, but
+    for branches that may go; floors and rounding of a cut may keep more.
 
     Args:
         model: The network.
@@ -55,19 +56,25 @@ def readiness(
         accuracy: Its val word accuracy.
         baseline: That of the network it was made from, or None.
     """
-    names, gammas = list(widths(model)), absolute_gammas(model)
-    live = {n: max(1, int((g >= NEAR_ZERO).sum())) for n, g in zip(names, gammas, strict=True)}
-    channels = {name: len(gamma) for name, gamma in zip(names, gammas, strict=True)}
+    groups, gammas = groups_of(model), absolute_gammas(model)
+    floors = {group.name: floor_of(group, settings) for group in groups}
+    live = {
+        group.name: max(min(1, floors[group.name]), int((gamma >= NEAR_ZERO).sum()))
+        for group, gamma in zip(groups, gammas, strict=True)
+    }
+    channels = widths(model)
     total = sum(channels.values())
     dead = total - sum(live.values())
     free = ratio_of(dead, total)
     at_floor = [
         name
-        for name in names
-        if settings.method == "auto" and live[name] <= floor_of(channels[name]) < channels[name]
+        for name, floor in floors.items()
+        if settings.method == "auto" and 0 < live[name] <= floor < channels[name]
     ]
+    gone = [str(group.branch) for group in groups if not live[group.name]]
     parts = [_cut_part(settings, free, dead, total)]
     parts += _accuracy_part(accuracy, baseline, free)
+    parts += [f"branches that are dead as a whole: {', '.join(gone)}"] if gone else []
     parts += [f"at their floor: {', '.join(at_floor)}"] if at_floor else []
     if settings.method == "auto" and dead < REACHED * int(settings.target_ratio * total):
         parts.append(f"sparse.target_ratio {settings.target_ratio:g} was not reached")

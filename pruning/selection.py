@@ -15,6 +15,7 @@ def keep_masks(
     prune_ratio: float,
     settings: PruneSettings,
     deaths: Sequence[Tensor] | None = None,
+    vanishing: Sequence[bool] | None = None,
 ) -> list[Tensor]:
     """Keep the channels whose |gamma| ranks highest across all layers.
 
@@ -22,7 +23,8 @@ def keep_masks(
     removes floor(N x ratio) channels, ties broken by layer and channel, where the `reference`
     code removes one more and all ties (among dead channels that `deaths` numbers there are none);
     every layer keeps its largest channels up to a floor, and under `exact` what a floor saves is
-    taken elsewhere. Where widths are to be multiples of round_to, `exact` ranks and removes so many
+    taken elsewhere. What is vanishing has no floor under `exact`: the channels of the floor go
+    together. Where widths are to be multiples of round_to, `exact` ranks and removes so many
     channels of a layer at once, and up to round_to - 1 fewer in all; as long as no more has to go
     than is dead and may go, it takes no live one along, and so even fewer.
 
@@ -32,6 +34,7 @@ def keep_masks(
         settings: Selection rule, floors and rounding.
         deaths: Numbers of the channels in the order in which their gammas became zero, from 1;
             0 for the others. Of the dead, those that died first go first.
+        vanishing: Which groups may be left without a channel; None for no one.
 
     Returns:
         One boolean (C_i,) mask for each group; True keeps the channel. A higher ratio keeps a
@@ -48,8 +51,8 @@ def keep_masks(
             torch.where(m > 0, m, -1 / (1 + order.cpu()))
             for m, order in zip(magnitudes, deaths, strict=True)
         ]
-    sizes = [len(m) for m in magnitudes]
-    wanted, free = int(sum(sizes) * Decimal(str(prune_ratio))), _free(sizes, settings)
+    sizes, lowest = [len(m) for m in magnitudes], _lowest(gammas, settings, vanishing)
+    wanted, free = int(sum(sizes) * Decimal(str(prune_ratio))), sum(sizes) - sum(lowest)
     if wanted > free:
         raise SettingsError(
             f"prune ratio {prune_ratio} would remove {wanted} of {sum(sizes)} channels, but the"
@@ -57,16 +60,18 @@ def keep_masks(
             f" largest ratio is {ratio_of(free, sum(sizes))}"
         )
     if settings.selection == "exact":
-        widths = _exact(magnitudes, wanted, settings)
+        widths = _exact(magnitudes, wanted, settings, lowest)
     else:
-        widths = _reference(magnitudes, prune_ratio, settings)
+        widths = _reference(magnitudes, prune_ratio, lowest)
     return [_largest(m, width) for m, width in zip(magnitudes, widths, strict=True)]
 
 
-def largest_ratio(gammas: Sequence[Tensor], settings: PruneSettings) -> float:
-    """Highest prune ratio of at most four decimals that the floors of all layers allow."""
-    sizes = [len(gamma) for gamma in gammas]
-    return ratio_of(_free(sizes, settings), sum(sizes))
+def largest_ratio(
+    gammas: Sequence[Tensor], settings: PruneSettings, vanishing: Sequence[bool] | None = None
+) -> float:
+    """Highest prune ratio of at most four decimals that keep_masks takes."""
+    channels = sum(len(gamma) for gamma in gammas)
+    return ratio_of(channels - sum(_lowest(gammas, settings, vanishing)), channels)
 
 
 def ratio_of(count: int, channels: int) -> float:
@@ -74,13 +79,15 @@ def ratio_of(count: int, channels: int) -> float:
     return (-(-(count + 1) * 10_000 // channels) - 1) / 10_000
 
 
-def _exact(magnitudes: list[Tensor], left: int, settings: PruneSettings) -> list[int]:
+def _exact(
+    magnitudes: list[Tensor], left: int, settings: PruneSettings, lowest: list[int]
+) -> list[int]:
     """Widths of the layers once `left` channels, in the blocks that matter least, are gone."""
     widths = [len(m) for m in magnitudes]
-    ranked = [m.sort(descending=True).values[_floor(len(m), settings) :] for m in magnitudes]
-    dead = sum(int((m <= 0).sum()) for m in ranked)
+    ranked = [m.sort(descending=True).values for m in magnitudes]
+    dead = sum(int((m[low:] <= 0).sum()) for m, low in zip(ranked, lowest, strict=True))
     spare_live = settings.round_to > 1 and left <= dead
-    blocks = sorted(_blocks(ranked, settings.round_to))
+    blocks = sorted(_blocks(ranked, settings, lowest))
     for worth, layer, _, size in blocks:
         if size > left or (spare_live and worth > 0):
             break
@@ -89,34 +96,43 @@ def _exact(magnitudes: list[Tensor], left: int, settings: PruneSettings) -> list
     return widths
 
 
-def _blocks(ranked: list[Tensor], size: int) -> Iterator[tuple[float, int, int, int]]:
+def _blocks(
+    ranked: list[Tensor], settings: PruneSettings, lowest: list[int]
+) -> Iterator[tuple[float, int, int, int]]:
     """What may go: the worth of a block of channels, its layer, its negated place, its size.
 
-    ranked has the magnitudes of each layer beyond its floor, the largest first. Worth is the mean
-    magnitude per channel. A block of dead channels alone is worth less than any other, and the less
-    the earlier its last one died.
+    ranked has the magnitudes of each layer, the largest first: round_to a block, and the floor,
+    where it may go, at once. Worth is the mean magnitude per channel. A block of dead channels
+    alone is worth less than any other, and the less the earlier its last one died.
     """
-    for layer, magnitudes in enumerate(ranked):
-        for place in range(0, len(magnitudes), size):
-            block = magnitudes[place : place + size]
+    for layer, (magnitudes, low) in enumerate(zip(ranked, lowest, strict=True)):
+        floor = _floor(len(magnitudes), settings)
+        starts = range(floor, len(magnitudes), settings.round_to)
+        for place in [*range(low, floor, floor), *starts]:
+            block = magnitudes[place : max(floor, place + settings.round_to)]
             worth = float(block.clamp(min=0).mean()) or float(block[0])
             yield worth, layer, -place, len(block)
 
 
-def _reference(magnitudes: list[Tensor], ratio: float, settings: PruneSettings) -> list[int]:
+def _reference(magnitudes: list[Tensor], ratio: float, floors: list[int]) -> list[int]:
     """Index and strict comparison of the published code: one channel more goes, and all ties."""
     flat = torch.cat(magnitudes).sort().values
     threshold = flat[int(len(flat) * ratio)]
-    return [max(int((m > threshold).sum()), _floor(len(m), settings)) for m in magnitudes]
+    pairs = zip(magnitudes, floors, strict=True)
+    return [max(int((m > threshold).sum()), floor) for m, floor in pairs]
 
 
-def _free(sizes: Sequence[int], settings: PruneSettings) -> int:
-    """How many channels of layers of these sizes the floors let go."""
-    return sum(sizes) - sum(_floor(size, settings) for size in sizes)
+def _lowest(
+    gammas: Sequence[Tensor], settings: PruneSettings, vanishing: Sequence[bool] | None
+) -> list[int]:
+    """Fewest channels that a cut may leave of each layer: none or its floor."""
+    nothing = [settings.selection == "exact" and v for v in vanishing or [False] * len(gammas)]
+    pairs = zip(gammas, nothing, strict=True)
+    return [0 if may_go else _floor(len(gamma), settings) for gamma, may_go in pairs]
 
 
 def _floor(channels: int, settings: PruneSettings) -> int:
-    """Fewest channels that a layer of so many keeps."""
+    """Fewest channels that a layer of so many keeps, as long as it is there."""
     share = (channels * Decimal(str(settings.min_ratio))).to_integral_value(ROUND_CEILING)
     fewest = max(settings.min_channels, int(share))
     return min(channels, -(-fewest // settings.round_to) * settings.round_to)

@@ -17,6 +17,9 @@ class SparseSettings(TrainSettings):
     large ones to 1 in the same way. distill is the weight of learning from the teacher, else the
     baseline, beside the labels, 0 for not at all. from_baseline: false starts with fresh weights;
     without a teacher section nothing teaches then.
+
+    `auto` leaves every layer some channels. With drop_branches it may take all that are inside a
+    residual block of resnet18, resnet34, MobileNet or EfficientNet; a cut then leaves the shortcut.
     """
 
     method: Literal["auto", "subgradient", "proximal", "polarization"] = "auto"
@@ -24,6 +27,16 @@ class SparseSettings(TrainSettings):
     strength: Annotated[float, Field(ge=0)] | None = None
     from_baseline: bool = True
     distill: Annotated[float, Field(ge=0)] = 1.0
+    drop_branches: bool = False
+
+    @model_validator(mode="after")
+    def _branches_go_with_auto(self) -> Self:
+        if self.drop_branches and self.method != "auto":
+            raise ValueError(
+                f"drop_branches needs method auto, not {self.method}: no other leaves a channel"
+                " without its beta"
+            )
+        return self
 
     @model_validator(mode="after")
     def _strength_where_it_is_used(self) -> Self:
@@ -69,7 +82,8 @@ class PruneSettings(Settings):
     """Selection of channels and the cut.
 
     Every layer keeps at least min_channels and a share of min_ratio, and, under selection exact, a
-    multiple of round_to, as the vector units of a CPU like it, or all it has. Live channels do not
+    multiple of round_to, as the vector units of a CPU like it, or all it has; but a branch that
+    sparse.drop_branches has left without a live channel may go, under exact. Live channels do not
     go for a multiple's sake while enough are dead: the cut is then smaller than its ratio.
 
     With compensate, what is removed goes on over calibration_lines training lines: a channel that

@@ -1,12 +1,11 @@
 """Penalties that push BatchNorm scales towards zero while the network trains."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from crnn.networks.recogniser import INITIAL_GAMMA
+from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
 from crnn.training import Penalty, Run
 from pruning.coupling import Group, groups_of
 from pruning.gammas import absolute_gammas, norms_of
@@ -17,14 +16,18 @@ FLOOR = 0.06
 """Share of a layer's channels that `auto` never drives to zero."""
 
 
-def floor_of(channels: int) -> int:
-    """How many of a layer's channels `auto` leaves alone."""
-    return max(1, math.ceil(FLOOR * channels))
+def floor_of(group: Group, settings: SparseSettings) -> int:
+    """How many of a group's channels `auto` leaves alone."""
+    if group.branch and settings.drop_branches:
+        return 0
+    return max(1, math.ceil(FLOOR * group.size))
 
 
-def largest_target(sizes: Sequence[int]) -> float:
-    """Highest target_ratio that `auto` reaches where groups have so many channels."""
-    return ratio_of(sum(sizes) - sum(floor_of(size) for size in sizes), sum(sizes))
+def largest_target(model: Recogniser, settings: SparseSettings) -> float:
+    """Highest target_ratio that `auto` reaches with a network."""
+    groups = groups_of(model)
+    channels = sum(group.size for group in groups)
+    return ratio_of(channels - sum(floor_of(group, settings) for group in groups), channels)
 
 
 class Subgradient(Penalty):
@@ -98,7 +101,8 @@ class Auto(Penalty):
     loss when the channel has faded (Molchanov et al. 2019, arXiv:1906.10771): |gamma| itself
     misleads, because a BatchNorm behind the next convolution undoes any common scale of a layer.
     Where several BatchNorms scale a channel their terms are summed, and all of them fade. The dead
-    stay dead, the others are left alone, and every group keeps a floor.
+    stay dead, the others are left alone, and every group keeps a floor, but for branches that may
+    go.
     """
 
     RAMP = 0.7
@@ -113,8 +117,8 @@ class Auto(Penalty):
     DECAY = 0.99
     """Of the running mean of importance, each step."""
 
-    def __init__(self, target_ratio: float) -> None:
-        self.target_ratio = target_ratio
+    def __init__(self, settings: SparseSettings) -> None:
+        self.settings = settings
 
     @torch.no_grad()
     def before_step(self, run: Run, learning_rate: float, progress: float) -> None:
@@ -135,8 +139,9 @@ class Auto(Penalty):
         sizes = [group.size for group in groups]
         dead = _dead(run)
         importance = torch.where(dead, -1, run.memory["importance"])
-        ranked = torch.cat([self._protected(part) for part in torch.split(importance, sizes)])
-        share = self.target_ratio * (1 - (1 - min(progress / self.RAMP, 1)) ** 3)
+        parts = zip(groups, torch.split(importance, sizes), strict=True)
+        ranked = torch.cat([self._protected(group, part) for group, part in parts])
+        share = self.settings.target_ratio * (1 - (1 - min(progress / self.RAMP, 1)) ** 3)
         count = min(math.floor(share * len(ranked) + 1e-9), int(ranked.isfinite().sum()))
         lowest = torch.zeros_like(dead)
         lowest[ranked.argsort(stable=True)[:count]] = True
@@ -157,9 +162,9 @@ class Auto(Penalty):
         new = new[importance[new].argsort(stable=True)]
         deaths[new] = deaths.max() + torch.arange(1, len(new) + 1, device=deaths.device)
 
-    def _protected(self, importance: Tensor) -> Tensor:
-        """The layer's importance, with its floor out of reach."""
-        kept = floor_of(len(importance))
+    def _protected(self, group: Group, importance: Tensor) -> Tensor:
+        """The group's importance, with its floor out of reach."""
+        kept = floor_of(group, self.settings)
         raised = importance.clone()
         raised[importance.argsort(descending=True, stable=True)[:kept]] = math.inf
         return raised
@@ -192,7 +197,7 @@ def _shrink(norm: nn.BatchNorm2d, dying: Tensor, amount: float) -> None:
 def penalty_of(settings: SparseSettings) -> Penalty:
     """The penalty the settings ask for."""
     if settings.method == "auto":
-        return Auto(settings.target_ratio)
+        return Auto(settings)
     assert settings.strength is not None  # The settings see to it.
     penalties = {"proximal": Proximal, "subgradient": Subgradient, "polarization": Polarization}
     return penalties[settings.method](settings.strength)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from crnn.checkpoint import recogniser_of
 from crnn.data.images import HEIGHT
 from crnn.errors import CheckpointError, SettingsError
+from crnn.networks.branches import last_norms, shortcuts_of
 from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
 from crnn.training import estimate_statistics
@@ -32,7 +33,8 @@ def cut(
 
     Args:
         model: The uncut network; left as it is.
-        masks: One boolean (C_i,) mask for each group in forward order; True keeps.
+        masks: One boolean (C_i,) mask for each group in forward order; True keeps. Only a group
+            that is a branch may go as a whole, which leaves the constant that it gave.
         means: Mean of every channel where a layer reads it, as mean_inputs gives them. What the
             removed ones add on the mean is folded into the running mean of the BatchNorm behind
             that layer, into its bias, or into the input biases of the LSTM. None drops it.
@@ -50,6 +52,9 @@ def cut(
         for (name, axis), channels in group.axes.items():
             kept = mask[channels].nonzero().flatten()
             tensors[name] = tensors[name].index_select(axis, kept)
+    for group, mask in zip(groups, masks, strict=True):
+        if group.branch and not mask.any():
+            _drop_branch(tensors, model, group.branch)
     return recogniser_of(model.settings, model.classes, tensors)
 
 
@@ -86,6 +91,10 @@ def refuse_uncuttable(model: Recogniser) -> None:
         SettingsError: It does not: its channels are coupled in a way that the dependency graph
             cannot follow, or something gives them a value that no BatchNorm scales.
     """
+    if shortcuts_of(model):
+        raise _uncuttable(
+            model, "branches of it have gone, and no BatchNorm scales what is left of them"
+        )
     try:
         difference = _difference_without_half(model)
     except (IndexError, RuntimeError, CheckpointError) as error:
@@ -98,6 +107,18 @@ def refuse_uncuttable(model: Recogniser) -> None:
         )
 
 
+def _drop_branch(tensors: dict[str, Tensor], model: Recogniser, block: str) -> None:
+    """Leave of a residual block's tensors its shortcut's, and what its branch makes of nothing."""
+    norm = last_norms(model)[block]
+    mean, variance = tensors[f"{norm}.running_mean"], tensors[f"{norm}.running_var"]
+    scale = tensors[f"{norm}.weight"] / (variance + norms_of(model)[norm].eps).sqrt()
+    constant = tensors[f"{norm}.bias"] - scale * mean
+    for name in [name for name in tensors if name.startswith(f"{block}.")]:
+        if not name.startswith(f"{block}.downsample."):
+            del tensors[name]
+    tensors[f"{block}.constant"] = constant
+
+
 def _uncuttable(model: Recogniser, reason: str) -> SettingsError:
     return SettingsError(f"model.backbone {model.settings.backbone} cannot be cut: {reason}")
 
@@ -105,7 +126,8 @@ def _uncuttable(model: Recogniser, reason: str) -> SettingsError:
 def _difference_without_half(model: Recogniser) -> float:
     """Largest change of a logit, in float64, when half of the channels, all faded, are cut.
 
-    Of the form that ships as well, where the network has one.
+    So are half of the branches that can go as a whole. Of the form that ships as well, where the
+    network has one.
     """
     chance = torch.Generator().manual_seed(0)
     masked = _disturbed(copy.deepcopy(model).cpu().double(), chance)
@@ -114,6 +136,7 @@ def _difference_without_half(model: Recogniser) -> float:
     for group in groups_of(model):
         mask = torch.rand(group.size, generator=chance) < 0.5
         mask[0] = True
+        mask &= group.branch is None or bool(torch.rand(1, generator=chance) < 0.5)
         for name, channels in group.norms.items():
             for parameter in (norms[name].weight, norms[name].bias):
                 parameter.data[~mask[channels]] = 0

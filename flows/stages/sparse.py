@@ -34,6 +34,7 @@ from flows.stages.training import (
     warn_beyond_auto,
 )
 from flows.stages.work import Outcome, Work, proven
+from pruning.coupling import groups_of
 from pruning.gammas import absolute_gammas, widths
 from pruning.readiness import Readiness, live_removed, readiness
 from pruning.selection import keep_masks, largest_ratio
@@ -60,7 +61,7 @@ def sparse(work: Work) -> Outcome:
     look = _snapshots(work) if settings.method == "auto" and rank() == 0 else None
     teacher = teacher_of(work, settings.distill)
     run, metrics = train(work, model, settings, penalty_of(settings), look, teacher)
-    _write_index(work, run)
+    _write_index(work, run, settings)
     verdict = readiness(run.model, settings, metrics[ACCURACY], _accuracy(work, given))
     _write_readiness(work, verdict)
     figures = {"readiness/free_ratio": verdict.free_ratio}
@@ -81,14 +82,21 @@ def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint
     Raises:
         UserError: The ratio is beyond what the floors allow.
     """
-    networks, deaths = _read_index(index)
-    masks = keep_masks([(order == 0).float() for order in deaths], ratio, settings, deaths)
+    networks, deaths, vanishing = _read_index(index)
+    alive = [(order == 0).float() for order in deaths]
+    masks = keep_masks(alive, ratio, settings, deaths, vanishing)
     gone = torch.cat(deaths)[~torch.cat(masks)]
     for network in networks:
         if ((gone > 0) & (gone <= network["zeros"])).all():
             return _network(index, network), masks
     last = _network(index, networks[-1])
-    return last, keep_masks(absolute_gammas(last.model), ratio, settings, deaths)
+    return last, keep_masks(absolute_gammas(last.model), ratio, settings, deaths, vanishing)
+
+
+def highest_ratio(index: Path, settings: PruneSettings) -> float:
+    """Largest ratio of four decimals that can be cut at all; arguments as those of free_ratio."""
+    _, deaths, vanishing = _read_index(index)
+    return largest_ratio(deaths, settings, vanishing)
 
 
 def free_ratio(index: Path, settings: PruneSettings) -> float:
@@ -98,20 +106,24 @@ def free_ratio(index: Path, settings: PruneSettings) -> float:
         index: Result file of the sparse stage.
         settings: Selection rule, floors, rounding.
     """
-    networks, deaths = _read_index(index)
+    networks, deaths, vanishing = _read_index(index)
     gammas = absolute_gammas(_network(index, networks[-1]).model)
 
     def takes_live(basis_points: int) -> bool:
-        return live_removed(gammas, keep_masks(gammas, basis_points / 10_000, settings, deaths)) > 0
+        masks = keep_masks(gammas, basis_points / 10_000, settings, deaths, vanishing)
+        return live_removed(gammas, masks) > 0
 
-    points = range(round(10_000 * largest_ratio(gammas, settings)) + 1)
+    points = range(round(10_000 * highest_ratio(index, settings)) + 1)
     return max(0, bisect_left(points, True, key=takes_live) - 1) / 10_000
 
 
-def _read_index(index: Path) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """The networks that were kept, and for each group in which order its channels died."""
+def _read_index(index: Path) -> tuple[list[dict[str, Any]], list[Tensor], list[bool]]:
+    """The networks that were kept, in which order a group's channels died, which may vanish."""
     content = json.loads(index.read_text(encoding="utf-8"))
-    return content["networks"], [torch.tensor(layer) for layer in content["deaths"]]
+    deaths = [torch.tensor(layer) for layer in content["deaths"]]
+    branches = content.get("branches", [])
+    vanishing = [i in branches and bool((order > 0).all()) for i, order in enumerate(deaths)]
+    return content["networks"], deaths, vanishing
 
 
 def _network(index: Path, entry: dict[str, Any]) -> Checkpoint:
@@ -171,18 +183,21 @@ def _zeros(snapshot: Path) -> int:
     return int(snapshot.stem.split("-")[1])
 
 
-def _write_index(work: Work, run: Run) -> None:
+def _write_index(work: Work, run: Run, settings: SparseSettings) -> None:
     """List snapshots and last epoch by their zeros, ascending; their digests enter later keys."""
     sizes = list(widths(run.model).values())
     nobody = torch.zeros(sum(sizes), dtype=torch.long)
     deaths = run.memory.get("deaths", nobody).cpu()
     networks = [(_zeros(path), path) for path in _snapshot_files(work)]
     networks.append((int((deaths > 0).sum()), work.out / MODEL))
-    content = {
+    content: dict[str, Any] = {
         "deaths": [layer.tolist() for layer in torch.split(deaths, sizes)],
         "networks": [
             {"zeros": zeros, "file": str(path.relative_to(work.out)), "sha256": sha256(path)}
             for zeros, path in networks
         ],
     }
+    if settings.drop_branches:
+        groups = enumerate(groups_of(run.model))
+        content["branches"] = [number for number, group in groups if group.branch]
     work.write_json(INDEX, content)

@@ -5,11 +5,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from flows.stages.sparse import plan
+from flows.stages.sparse import highest_ratio, plan
 from flows.stages.work import Outcome, Work
 from pruning.cost import COSTS, out_of_reach
-from pruning.gammas import absolute_gammas
-from pruning.selection import largest_ratio
 from pruning.settings import PruneSettings
 from pruning.slimming import slim
 
@@ -49,8 +47,7 @@ def ratio_for(index: Path, kind: str, value: float, settings: PruneSettings) -> 
         model = slim(uncut.model, masks, settings)
         return COSTS[kind](replace(uncut, model=model, stage="finetune"))
 
-    uncut, _ = plan(index, 0, settings)
-    highest = round(10_000 * largest_ratio(absolute_gammas(uncut.model), settings))
+    highest = round(10_000 * highest_ratio(index, settings))
     if cost(highest) > value:
         raise out_of_reach(kind, value, cost(highest), highest / 10_000)
     # A higher ratio keeps a subset of the channels, and never costs more; its milliseconds may

@@ -100,7 +100,7 @@ def _first_difference(given: str, wanted: str) -> str:
 def warn_beyond_auto(work: Work, model: Recogniser) -> None:
     """Before hours of training: say that `auto` will stay below sparse.target_ratio, if it will."""
     sparse = SparseSettings.model_validate(work.job["sparse"])
-    reached = largest_target(list(widths(model).values()))
+    reached = largest_target(model, sparse)
     if sparse.method == "auto" and sparse.target_ratio > reached:
         message = (
             f"sparse.target_ratio {sparse.target_ratio:g} will not be reached, {reached:g} at most:"

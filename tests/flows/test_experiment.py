@@ -1,10 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from crnn.errors import SettingsError
-from flows.definitions import _pruning
+from flows.definitions import _pruning, sparse_stage
 from flows.experiment import Experiment, load_experiment
 from tests.flows.conftest import TINY
 
@@ -42,6 +43,15 @@ def test_cuts_that_are_off_are_in_no_key(tiny: Path) -> None:
     on = {"lstm_ratio": 0.5, "head_rank": 2, "head_rows": 1}
     changes = [f"prune.{name}={value}" for name, value in on.items()]
     assert _pruning(load_experiment(tiny, changes)) == {**plain, **on}
+
+
+def test_branches_that_stay_are_in_no_key(tiny: Path) -> None:
+    upstream: dict[str, Any] = {"data": None, "baseline": None}
+    changes = ([], ["sparse.drop_branches=false"], ["sparse.drop_branches=true"])
+    plain, off, on = (sparse_stage(load_experiment(tiny, c), upstream, 0) for c in changes)
+    assert "drop_branches" not in plain.settings["train"]
+    assert off == plain
+    assert on.settings["train"] == {**plain.settings["train"], "drop_branches": True}
 
 
 def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path) -> None:
@@ -95,6 +105,10 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
         ("prune.lstm_ratio=1", r"prune.lstm_ratio: .*less than 1, not 1"),
         ("prune.head_rank=0", r"prune.head_rank: .*greater than or equal to 1, not 0"),
         ("prune.head_rows=9", r"prune: head_rows 9 needs a head_rank, for the classes without"),
+        (
+            "sparse={method: proximal, strength: 1, drop_branches: true, epochs: 1}",
+            r"sparse: drop_branches needs method auto, not proximal",
+        ),
         ("model.backbone=MobileNetV3-small_100", r"did you mean mobilenetv3_small_100\?"),
         ("baseline.distill=1", r"baseline.distill needs a teacher section"),
         ("teacher={checkpoint: a, epochs: 0, model: {hidden: 8}}", r"leave out model, or it$"),

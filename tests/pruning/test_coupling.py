@@ -13,6 +13,7 @@ from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint, load_checkpoint, reader_of, save_checkpoint
 from crnn.errors import CheckpointError, SettingsError
 from crnn.export import export_onnx
+from crnn.networks.branches import shortcuts_of
 from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import Recogniser
 from crnn.reading import load_exported
@@ -143,6 +144,57 @@ def test_a_cut_network_is_saved_and_loaded_to_the_same_bits(
     with torch.inference_mode():
         assert torch.equal(loaded(images.float()), compact(images.float()))
     assert widths(loaded) == widths(compact)
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "mobilenetv3_small_100", "efficientnet_b0"])
+def test_a_dead_branch_goes_as_a_whole_and_nothing_changes(
+    images: Tensor, tmp_path: Path, backbone: str
+) -> None:
+    """Whether all branches go or one, with channels of the other groups; the file says which."""
+    network = random_network(backbone)
+    groups = groups_of(network)
+    branches = [group.branch for group in groups if group.branch]
+    costs = []
+    for gone in (set(), {branches[-1]}, set(branches)):
+        model = copy.deepcopy(network)
+        masks = [(torch.arange(g.size) % 3 > 0) & (g.branch not in gone) for g in groups]
+        silence(model, masks)
+        compact = cut(model, masks, mean_inputs(model, [images]))
+        with torch.inference_mode():
+            expected = model(images)
+            assert (expected - compact(images)).abs().max() < 1e-9
+        path = tmp_path / "cut"
+        save_checkpoint(path, Checkpoint(compact, Charset("0123456789"), 160, "prune"))
+        loaded = load_checkpoint(path).model
+        with torch.inference_mode():
+            assert torch.equal(loaded(images), compact(images))
+        assert len(groups_of(loaded)) == len(groups) - len(gone)
+        costs.append((macs(loaded), parameters(loaded)["total"], path.stat().st_size))
+    assert all(a > b for more, fewer in pairwise(costs) for a, b in zip(more, fewer, strict=True))
+
+
+def test_what_is_left_of_a_branch_learns_is_exported_and_is_not_cut_again(
+    images: Tensor, tmp_path: Path
+) -> None:
+    network = random_network("mobilenetv3_small_100")
+    compact = cut(network, [torch.full((g.size,), not g.branch) for g in groups_of(network)])
+    constants = [layer.constant for layer in shortcuts_of(compact)]
+    assert len(constants) == 6
+    compact.train()(images).square().sum().backward()
+    assert all(constant.grad.any() for constant in constants if constant.grad is not None)
+    assert all(constant.grad is not None for constant in constants)
+    checkpoint = Checkpoint(compact.float().eval(), Charset("0123456789"), 160, "finetune")
+    export_onnx(tmp_path / "model.onnx", checkpoint, ExportSettings(), {})
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 96, 3), dtype=np.uint8)
+    found = load_exported(tmp_path / "model.onnx").probabilities(pixels)
+    assert np.abs(found - reader_of(checkpoint).probabilities(pixels)).max() < 1e-4
+    with pytest.raises(SettingsError, match="branches of it have gone"):
+        refuse_uncuttable(compact)
+
+
+@pytest.mark.parametrize("backbone", ["vgg13", "ghostnet_100", "repvgg_a0", "seresnet34"])
+def test_branches_that_would_leave_more_than_a_constant_are_none(backbone: str) -> None:
+    assert all(group.branch is None for group in groups_of(random_network(backbone)))
 
 
 @pytest.mark.parametrize("backbone", ["repvgg_a0", "mobileone_s0", "repvit_m1"])

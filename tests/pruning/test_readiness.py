@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from pruning.coupling import groups_of
 from pruning.gammas import absolute_gammas, norms_of
 from pruning.readiness import live_removed, readiness
 from pruning.selection import keep_masks
@@ -45,6 +46,21 @@ def test_the_sentence_says_what_limits_and_what_is_to_be_regained() -> None:
     for read in range(500, 1001):
         assert "there is slack" in readiness(model, AUTO, (read - 10) / 1000, read / 1000).sentence
     assert "train longer" in readiness(model, AUTO, 0.0, 0.0).sentence
+
+
+def test_a_branch_that_is_dead_as_a_whole_is_said_to_be() -> None:
+    model = random_recogniser(width=1.0, backbone="mobilenetv3_small_100")
+    group = next(group for group in groups_of(model) if group.branch)
+    for name in group.norms:
+        norms_of(model)[name].weight.data.zero_()
+    settings = AUTO.model_copy(update={"drop_branches": True})
+    verdict = readiness(model, settings, 0.8, 0.8)
+    assert verdict.live[group.name] == 0
+    assert f"branches that are dead as a whole: {group.branch}" in verdict.sentence
+    assert verdict.at_floor == []
+    kept = readiness(model, AUTO, 0.8, 0.8)
+    assert kept.live[group.name] == 1
+    assert kept.at_floor == [group.name]
 
 
 def test_a_network_without_dead_channels_says_what_to_do() -> None:

@@ -102,6 +102,42 @@ def test_every_layer_keeps_its_largest_up_to_the_floor(
             assert gamma.abs()[mask].min() >= gamma.abs()[~mask].max()
 
 
+@given(gamma_layers, st.integers(0, 31), ratios, ratios, floors)
+def test_what_vanishes_keeps_its_floor_or_nothing(
+    gammas: list[Tensor], chosen: int, one: float, other: float, settings: PruneSettings
+) -> None:
+    """Only what may, and of it the floor goes at once; a higher ratio still keeps a subset."""
+    vanishing = [bool(chosen >> place & 1) for place in range(len(gammas))]
+    gammas = [g * (not v) for g, v in zip(gammas, vanishing, strict=True)]
+    low, high = sorted((one, other))
+    try:
+        fewer = keep_masks(gammas, high, settings, vanishing=vanishing)
+    except SettingsError:
+        assert high > largest_ratio(gammas, settings, vanishing)
+        return
+    more = keep_masks(gammas, low, settings, vanishing=vanishing)
+    assert all((m | ~f).all() for m, f in zip(more, fewer, strict=True))
+    for gamma, mask, may_vanish in zip(gammas, fewer, vanishing, strict=True):
+        share = -(-len(gamma) * Fraction(str(settings.min_ratio)) // 1)
+        floor = min(len(gamma), max(settings.min_channels, share))
+        may_vanish = may_vanish and settings.selection == "exact"
+        assert mask.sum() >= floor or (may_vanish and not mask.any())
+
+
+def test_without_a_branch_a_higher_ratio_is_within_reach() -> None:
+    gammas = [torch.tensor([0.9, 0.8]), torch.zeros(6)]
+    settings = PruneSettings(min_channels=2)
+    assert largest_ratio(gammas, settings) == 0.6249
+    assert largest_ratio(gammas, settings, [False, True]) == 0.8749
+    widths = [
+        int(keep_masks(gammas, ratio, settings, vanishing=[False, True])[1].sum())
+        for ratio in (0.5, 0.625, 0.75)
+    ]
+    assert widths == [2, 2, 0], "its two last channels go together"
+    with pytest.raises(SettingsError, match=r"the largest ratio is 0\.8749"):
+        keep_masks(gammas, 0.875, settings, vanishing=[False, True])
+
+
 @given(gamma_layers, ratios, st.sampled_from([2, 4, 8]))
 def test_rounded_widths_have_the_ratio_that_was_asked_for_unless_that_costs_live_channels(
     gammas: list[Tensor], ratio: float, round_to: int

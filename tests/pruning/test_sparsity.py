@@ -8,9 +8,18 @@ from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings, TrainSettings
 from crnn.training import Run, fit, start
 from pruning.cost import latency_ms, parameters
+from pruning.coupling import groups_of
 from pruning.gammas import absolute_gammas, gamma_statistics, norms_of
 from pruning.settings import SparseSettings
-from pruning.sparsity import FLOOR, Polarization, Proximal, Subgradient, floor_of, penalty_of
+from pruning.sparsity import (
+    FLOOR,
+    Polarization,
+    Proximal,
+    Subgradient,
+    floor_of,
+    largest_target,
+    penalty_of,
+)
 from tests.conftest import TIMM, random_recogniser
 
 
@@ -119,8 +128,25 @@ def test_auto_reaches_its_target_in_every_network(lines: Lines, backbone: str) -
     settings = SparseSettings(epochs=2, batch_size=10, target_ratio=0.87)
     fit(start(model, settings, 0), lines, settings, penalty_of(settings))
     assert 0.99 * 0.87 <= gamma_statistics(model)["gamma/share_zero"] <= 0.87
-    for gamma in absolute_gammas(model):
-        assert (gamma > 0).sum() >= floor_of(len(gamma))
+    for group, gamma in zip(groups_of(model), absolute_gammas(model), strict=True):
+        assert (gamma > 0).sum() >= floor_of(group, settings) >= 1
+
+
+def test_auto_reaches_targets_that_take_whole_branches(lines: Lines) -> None:
+    """Where branches may go, and nowhere else is a layer left without a channel."""
+    torch.manual_seed(0)
+    backbone = ModelSettings(backbone="mobilenetv3_small_100", hidden=4)
+    model = Recogniser(backbone, lines.charset.classes)
+    settings = SparseSettings(epochs=2, batch_size=10, target_ratio=0.96)
+    assert largest_target(model, settings) < 0.99 * 0.96
+    settings = settings.model_copy(update={"drop_branches": True})
+    assert largest_target(model, settings) > 0.96
+    fit(start(model, settings, 0), lines, settings, penalty_of(settings))
+    assert 0.99 * 0.96 <= gamma_statistics(model)["gamma/share_zero"] <= 0.96
+    pairs = list(zip(groups_of(model), absolute_gammas(model), strict=True))
+    gone = {group.branch for group, gamma in pairs if not gamma.any()}
+    assert gone
+    assert None not in gone
 
 
 def test_auto_takes_the_channels_that_matter_least(lines: Lines) -> None:
