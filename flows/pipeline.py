@@ -184,6 +184,8 @@ def _warn_of_what_does_not_count(experiment: Experiment) -> None:
             f"sparse.target_ratio {sparse.target_ratio:g} is not used: of {sparse.method} the"
             " strength decides how many channels come near zero"
         )
+    if sparse.drop_branches and experiment.prune.selection == "reference":
+        display.say("branches stay: prune.selection: reference keeps a channel of every layer")
     if (controls.scratch or controls.small) and (trained := definitions.checkpoints(experiment)):
         display.say(
             f"the controls get less than slimming had: what went into {' and '.join(trained)}"

@@ -103,12 +103,19 @@ def _say_what_is_lost(manifest: Manifest) -> None:
         display.say(f"{manifest.label}: the cut itself lost {lost:.1f} points of word accuracy")
     achieved = figures.get("prune/ratio_achieved", 1)
     if figures.get("prune/ratio_requested", 0) - achieved > SHORT_OF_RATIO:
-        reason = (
-            "prune.selection: reference takes nowhere else what a floor saves"
-            if manifest.settings["prune"]["selection"] == "reference"
-            else "prune.round_to takes no live ones along while enough are dead; a higher"
-            " sparse.target_ratio leaves more"
-        )
+        settings = manifest.settings["prune"]
+        if settings["selection"] == "reference":
+            reason = "prune.selection: reference takes nowhere else what a floor saves"
+        elif settings["round_to"] == 1:
+            reason = (
+                "of a dead branch what prune.min_channels or min_ratio would keep goes at once, and"
+                " would be too many"
+            )
+        else:
+            reason = (
+                "prune.round_to takes no live ones along while enough are dead; a higher"
+                " sparse.target_ratio leaves more"
+            )
         display.say(f"{manifest.label}: only {100 * achieved:.1f}% of the channels go: {reason}")
 
 

@@ -47,8 +47,8 @@ def readiness(
 ) -> Readiness:
     """Judge a network at the end of its sparse stage.
 
-    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a group always stays, but
-    for branches that may go; floors and rounding of a cut may keep more.
+    A channel with |gamma| under NEAR_ZERO counts as dead. At least one of a group always stays,
+    except of a branch that may go; floors and rounding of a cut may keep more.
 
     Args:
         model: The network.

@@ -20,13 +20,14 @@ def keep_masks(
     """Keep the channels whose |gamma| ranks highest across all layers.
 
     Global threshold of Network Slimming (Liu et al. 2017, arXiv:1708.06519). Deviations: `exact`
-    removes floor(N x ratio) channels, ties broken by layer and channel, where the `reference`
-    code removes one more and all ties (among dead channels that `deaths` numbers there are none);
-    every layer keeps its largest channels up to a floor, and under `exact` what a floor saves is
-    taken elsewhere. What is vanishing has no floor under `exact`: the channels of the floor go
-    together. Where widths are to be multiples of round_to, `exact` ranks and removes so many
-    channels of a layer at once, and up to round_to - 1 fewer in all; as long as no more has to go
-    than is dead and may go, it takes no live one along, and so even fewer.
+    removes floor(N x ratio) channels, ties broken by layer and channel, where the `reference` code
+    removes one more and all ties (among dead channels that `deaths` numbers there are none); every
+    layer keeps its largest channels up to a floor, and under `exact` what a floor saves is taken
+    elsewhere. What is vanishing loses its floor at once under `exact`, or not at all, where so many
+    are no longer to go: then fewer go than asked for. Where widths are to be multiples of round_to,
+    `exact` ranks and removes so many channels of a layer at once, and up to round_to - 1 fewer in
+    all; as long as no more has to go than is dead and may go, it takes no live one along, and so
+    even fewer.
 
     Args:
         gammas: One (C_i,) tensor for each group of channels, in forward order.
@@ -107,8 +108,8 @@ def _blocks(
     """
     for layer, (magnitudes, low) in enumerate(zip(ranked, lowest, strict=True)):
         floor = _floor(len(magnitudes), settings)
-        starts = range(floor, len(magnitudes), settings.round_to)
-        for place in [*range(low, floor, floor), *starts]:
+        beyond = range(floor, len(magnitudes), settings.round_to)
+        for place in [*beyond] if low else [0, *beyond]:
             block = magnitudes[place : max(floor, place + settings.round_to)]
             worth = float(block.clamp(min=0).mean()) or float(block[0])
             yield worth, layer, -place, len(block)
@@ -126,9 +127,11 @@ def _lowest(
     gammas: Sequence[Tensor], settings: PruneSettings, vanishing: Sequence[bool] | None
 ) -> list[int]:
     """Fewest channels that a cut may leave of each layer: none or its floor."""
-    nothing = [settings.selection == "exact" and v for v in vanishing or [False] * len(gammas)]
-    pairs = zip(gammas, nothing, strict=True)
-    return [0 if may_go else _floor(len(gamma), settings) for gamma, may_go in pairs]
+    pairs = zip(gammas, vanishing or [False] * len(gammas), strict=True)
+    return [
+        0 if may_vanish and settings.selection == "exact" else _floor(len(gamma), settings)
+        for gamma, may_vanish in pairs
+    ]
 
 
 def _floor(channels: int, settings: PruneSettings) -> int:

@@ -19,7 +19,8 @@ class SparseSettings(TrainSettings):
     without a teacher section nothing teaches then.
 
     `auto` leaves every layer some channels. With drop_branches it may take all that are inside a
-    residual block of resnet18, resnet34, MobileNet or EfficientNet; a cut then leaves the shortcut.
+    residual block of two convolutions (resnet18, resnet34) or an inverted one (MobileNetV2 and V3,
+    EfficientNet); a cut then leaves the shortcut.
     """
 
     method: Literal["auto", "subgradient", "proximal", "polarization"] = "auto"
@@ -33,8 +34,8 @@ class SparseSettings(TrainSettings):
     def _branches_go_with_auto(self) -> Self:
         if self.drop_branches and self.method != "auto":
             raise ValueError(
-                f"drop_branches needs method auto, not {self.method}: no other leaves a channel"
-                " without its beta"
+                f"drop_branches needs method auto, not {self.method}: no other takes a channel's"
+                " beta to zero with its gamma"
             )
         return self
 

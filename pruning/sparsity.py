@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from crnn.networks.branches import last_norms
 from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
 from crnn.training import Penalty, Run
 from pruning.coupling import Group, groups_of
@@ -13,13 +14,20 @@ from pruning.selection import ratio_of
 from pruning.settings import SparseSettings
 
 FLOOR = 0.06
-"""Share of a layer's channels that `auto` never drives to zero."""
+"""Share of a layer's channels that `auto` never drives to zero, but with their whole branch."""
 
 
 def floor_of(group: Group, settings: SparseSettings) -> int:
     """How many of a group's channels `auto` leaves alone."""
-    if group.branch and settings.drop_branches:
-        return 0
+    return 0 if may_go(group, settings) else _last_channels(group)
+
+
+def may_go(group: Group, settings: SparseSettings) -> bool:
+    """Whether `auto` may take all channels of a group, which then are a branch."""
+    return settings.drop_branches and group.branch is not None
+
+
+def _last_channels(group: Group) -> int:
     return max(1, math.ceil(FLOOR * group.size))
 
 
@@ -101,8 +109,11 @@ class Auto(Penalty):
     loss when the channel has faded (Molchanov et al. 2019, arXiv:1906.10771): |gamma| itself
     misleads, because a BatchNorm behind the next convolution undoes any common scale of a layer.
     Where several BatchNorms scale a channel their terms are summed, and all of them fade. The dead
-    stay dead, the others are left alone, and every group keeps a floor, but for branches that may
-    go.
+    stay dead, the others are left alone, and every group keeps a floor.
+
+    A branch that may go has none, but its last channels also stand for the branch: alone they would
+    seem to matter nothing, as the BatchNorm that ends the branch undoes their scale. So each gets
+    its share of how much the loss would change if the gammas of that BatchNorm went to zero.
     """
 
     RAMP = 0.7
@@ -122,11 +133,22 @@ class Auto(Penalty):
 
     @torch.no_grad()
     def before_step(self, run: Run, learning_rate: float, progress: float) -> None:
-        """Update the importance of every channel, run.memory["importance"], (sum of C_i,)."""
-        norms = norms_of(run.model)
-        now = torch.cat([_fading(group, norms) for group in groups_of(run.model)])
-        before = run.memory.get("importance", now)
-        run.memory["importance"] = self.DECAY * before + (1 - self.DECAY) * now
+        """Update what channels and branches matter.
+
+        run.memory["importance"], (sum of C_i,), is that of the channels, run.memory["branches"],
+        (number of groups,), what each group does as a branch, 0 where it may not go as one.
+        """
+        groups, norms = groups_of(run.model), norms_of(run.model)
+        now = {"importance": torch.cat([_fading(group, norms) for group in groups])}
+        if self.settings.drop_branches:
+            ends = last_norms(run.model)
+            nothing = now["importance"].new_zeros(())
+            now["branches"] = torch.stack(
+                [_ending(norms[ends[g.branch]]) if g.branch else nothing for g in groups]
+            )
+        for name, value in now.items():
+            before = run.memory.get(name, value)
+            run.memory[name] = self.DECAY * before + (1 - self.DECAY) * value
 
     @torch.no_grad()
     def after_step(self, run: Run, learning_rate: float, progress: float) -> None:
@@ -139,8 +161,9 @@ class Auto(Penalty):
         sizes = [group.size for group in groups]
         dead = _dead(run)
         importance = torch.where(dead, -1, run.memory["importance"])
-        parts = zip(groups, torch.split(importance, sizes), strict=True)
-        ranked = torch.cat([self._protected(group, part) for group, part in parts])
+        of_branches = run.memory.get("branches", torch.zeros(len(groups)))
+        parts = zip(groups, torch.split(importance, sizes), of_branches, strict=True)
+        ranked = torch.cat([self._protected(*part) for part in parts])
         share = self.settings.target_ratio * (1 - (1 - min(progress / self.RAMP, 1)) ** 3)
         count = min(math.floor(share * len(ranked) + 1e-9), int(ranked.isfinite().sum()))
         lowest = torch.zeros_like(dead)
@@ -162,11 +185,18 @@ class Auto(Penalty):
         new = new[importance[new].argsort(stable=True)]
         deaths[new] = deaths.max() + torch.arange(1, len(new) + 1, device=deaths.device)
 
-    def _protected(self, group: Group, importance: Tensor) -> Tensor:
-        """The group's importance, with its floor out of reach."""
-        kept = floor_of(group, self.settings)
+    def _protected(self, group: Group, importance: Tensor, of_branch: Tensor) -> Tensor:
+        """The group's importance, its last channels out of reach or with their share of a branch.
+
+        Dead ones have -1, and stay where they are.
+        """
+        last = importance.argsort(descending=True, stable=True)[: _last_channels(group)]
         raised = importance.clone()
-        raised[importance.argsort(descending=True, stable=True)[:kept]] = math.inf
+        if may_go(group, self.settings):
+            live = last[importance[last] >= 0]
+            raised[live] += of_branch / max(1, len(live))
+        else:
+            raised[last] = math.inf
         return raised
 
 
@@ -184,6 +214,12 @@ def _fading(group: Group, norms: dict[str, nn.BatchNorm2d]) -> Tensor:
         assert beta.grad is not None
         change.index_add_(0, channels.to(change.device), gamma * gamma.grad + beta * beta.grad)
     return change.abs()
+
+
+def _ending(norm: nn.BatchNorm2d) -> Tensor:
+    """First-order change of the loss if a branch that this BatchNorm ends gave its beta alone."""
+    assert norm.weight.grad is not None
+    return (norm.weight * norm.weight.grad).sum().abs()
 
 
 def _shrink(norm: nn.BatchNorm2d, dying: Tensor, amount: float) -> None:

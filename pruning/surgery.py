@@ -92,8 +92,9 @@ def refuse_uncuttable(model: Recogniser) -> None:
             cannot follow, or something gives them a value that no BatchNorm scales.
     """
     if shortcuts_of(model):
-        raise _uncuttable(
-            model, "branches of it have gone, and no BatchNorm scales what is left of them"
+        raise SettingsError(
+            "the network of baseline.checkpoint is one whose branches have gone in a cut, and no"
+            " BatchNorm scales the constants they left; start from the network before that cut"
         )
     try:
         difference = _difference_without_half(model)

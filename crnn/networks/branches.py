@@ -10,7 +10,7 @@ LAST_NORMS = {
     "timm.models.resnet.BasicBlock": "bn2",
     "timm.models._efficientnet_blocks.InvertedResidual": "bn3",
 }
-"""By the class of a block, the BatchNorm that ends its branch. Named, for timm takes seconds.
+"""By the class of a block, the BatchNorm that ends its branch. By name: timm takes seconds.
 
 Those of GhostNet are not among them: behind the first BatchNorm of their second half a depthwise
 convolution reads the border as well, so that a dead branch gives no constant.

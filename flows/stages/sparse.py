@@ -94,7 +94,12 @@ def plan(index: Path, ratio: float, settings: PruneSettings) -> tuple[Checkpoint
 
 
 def highest_ratio(index: Path, settings: PruneSettings) -> float:
-    """Largest ratio of four decimals that can be cut at all; arguments as those of free_ratio."""
+    """Largest ratio of four decimals that can be cut at all.
+
+    Args:
+        index: Result file of the sparse stage.
+        settings: Selection rule, floors, rounding.
+    """
     _, deaths, vanishing = _read_index(index)
     return largest_ratio(deaths, settings, vanishing)
 

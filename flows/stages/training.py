@@ -22,11 +22,12 @@ from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL, STATE, history
 from flows.stages.work import Outcome, Work, proven
 from pruning.cost import COSTS, out_of_reach
+from pruning.coupling import groups_of
 from pruning.gammas import absolute_gammas, gamma_statistics, widths
 from pruning.selection import keep_masks, largest_ratio
 from pruning.settings import FinetuneSettings, PruneSettings, SparseSettings
 from pruning.slimming import slim
-from pruning.sparsity import FLOOR, largest_target
+from pruning.sparsity import FLOOR, largest_target, may_go
 from pruning.surgery import refuse_uncuttable
 
 
@@ -102,30 +103,43 @@ def warn_beyond_auto(work: Work, model: Recogniser) -> None:
     sparse = SparseSettings.model_validate(work.job["sparse"])
     reached = largest_target(model, sparse)
     if sparse.method == "auto" and sparse.target_ratio > reached:
+        but = ", but for branches that may go" if sparse.drop_branches else ""
         message = (
             f"sparse.target_ratio {sparse.target_ratio:g} will not be reached, {reached:g} at most:"
-            f" {FLOOR:.0%} of each layer's channels stay, and one at least"
+            f" {FLOOR:.0%} of each layer's channels stay, and one at least{but}"
         )
+        work.emit({"event": "notice", "message": message})
+    if sparse.drop_branches and not any(_that_may_vanish(work, model)):
+        message = f"sparse.drop_branches does nothing: {model.settings.backbone} has none to drop"
         work.emit({"event": "notice", "message": message})
 
 
 def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
     """Before hours of training: try the deepest cut, and the targets, on the network as it is.
 
+    Where branches may go all of them are taken to, which is not known before.
+
     Raises:
         SettingsError: A cut, ratio or rank that cannot be, or a target out of reach.
     """
     settings = PruneSettings.model_validate(work.job["prune"])
-    gammas = absolute_gammas(model)
+    gammas, vanishing = absolute_gammas(model), _that_may_vanish(work, model)
     refuse_uncuttable(model)
-    slim(model, keep_masks(gammas, max(work.job["ratios"], default=0), settings), settings)
+    deepest = max(work.job["ratios"], default=0)
+    slim(model, keep_masks(gammas, deepest, settings, vanishing=vanishing), settings)
     if wishes := settings.targets.wishes():
-        highest = largest_ratio(gammas, settings)
-        narrow = slim(model, keep_masks(gammas, highest, settings), settings)
+        highest = largest_ratio(gammas, settings, vanishing)
+        narrow = slim(model, keep_masks(gammas, highest, settings, vanishing=vanishing), settings)
         network = work.checkpoint(narrow, "finetune")
         for kind, value in wishes.items():
             if (cost := COSTS[kind](network)) > value:
                 raise out_of_reach(kind, value, cost, highest)
+
+
+def _that_may_vanish(work: Work, model: Recogniser) -> list[bool]:
+    """For each group whether the sparse stage may leave no channel of it."""
+    sparse = SparseSettings.model_validate(work.job["sparse"])
+    return [may_go(group, sparse) for group in groups_of(model)]
 
 
 def train(

@@ -188,7 +188,7 @@ def test_what_is_left_of_a_branch_learns_is_exported_and_is_not_cut_again(
     pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 96, 3), dtype=np.uint8)
     found = load_exported(tmp_path / "model.onnx").probabilities(pixels)
     assert np.abs(found - reader_of(checkpoint).probabilities(pixels)).max() < 1e-4
-    with pytest.raises(SettingsError, match="branches of it have gone"):
+    with pytest.raises(SettingsError, match="one whose branches have gone in a cut"):
         refuse_uncuttable(compact)
 
 

@@ -13,6 +13,7 @@ from pruning.gammas import absolute_gammas, gamma_statistics, norms_of
 from pruning.settings import SparseSettings
 from pruning.sparsity import (
     FLOOR,
+    Auto,
     Polarization,
     Proximal,
     Subgradient,
@@ -147,6 +148,41 @@ def test_auto_reaches_targets_that_take_whole_branches(lines: Lines) -> None:
     gone = {group.branch for group, gamma in pairs if not gamma.any()}
     assert gone
     assert None not in gone
+
+
+def test_the_last_channels_of_a_branch_stand_for_all_of_it(lines: Lines) -> None:
+    """Alone they seem to matter nothing: BatchNorm undoes what ReLU lets through, however large."""
+    torch.manual_seed(0)
+    model = random_recogniser(width=1.0, backbone="resnet34")
+    model.train()
+    groups, norms = groups_of(model), norms_of(model)
+    block = next(group for group in groups if group.branch)
+    for parameter in (norms[block.name].weight, norms[block.name].bias):
+        parameter.data[1:] = 0
+    images, end = torch.randn(4, 3, 32, 64, dtype=torch.float64), norms[f"{block.branch}.bn2"]
+    end.eps = 1e-12  # What is left of the channel's own importance is this one's doing.
+
+    def loss(scale: float = 1.0) -> torch.Tensor:
+        end.weight.data.mul_(scale)
+        found = model(images).log_softmax(2)[..., 0].mean()
+        end.weight.data.div_(scale)
+        return found
+
+    loss().backward()
+    penalty, run = Auto(SparseSettings(epochs=1, drop_branches=True)), run_of(model)
+    penalty.before_step(run, 0.1, 0.5)
+    with torch.no_grad():
+        slope = float(loss(1 + 1e-9) - loss(1 - 1e-9)) / 2e-9
+    place = groups.index(block)
+    of_branch = run.memory["branches"][place]
+    assert of_branch == pytest.approx(abs(slope), rel=1e-3)
+    first = sum(group.size for group in groups[:place])
+    own = run.memory["importance"][first : first + block.size].clone()
+    assert own[0] < 1e-3 * of_branch
+    own[1:] = -1
+    ranked = penalty._protected(block, own, of_branch)
+    assert ranked[0] == own[0] + of_branch
+    assert (ranked[1:] == -1).all()
 
 
 def test_auto_takes_the_channels_that_matter_least(lines: Lines) -> None:
