@@ -95,6 +95,8 @@ def test_a_sparsity_that_will_not_be_reached_is_said_before_anything_is_trained(
     said = run("--set", "sparse.target_ratio=0.95").stderr
     assert "baseline: sparse.target_ratio 0.95 will not be reached, 0.9217 at most" in said
     assert "will not be reached" not in run("--set", "sparse.target_ratio=0.9").stderr
+    said = run("--set", "sparse.drop_branches=true").stderr
+    assert "baseline: sparse.drop_branches does nothing: vgg13 has none to drop" in said
     assert set(project.manifests()) == {"data"}
 
 
