@@ -27,7 +27,7 @@ from pruning.gammas import absolute_gammas, gamma_statistics, widths
 from pruning.selection import keep_masks, largest_ratio
 from pruning.settings import FinetuneSettings, PruneSettings, SparseSettings
 from pruning.slimming import slim
-from pruning.sparsity import FLOOR, largest_target, may_go
+from pruning.sparsity import FLOOR, largest_target
 from pruning.surgery import refuse_uncuttable
 
 
@@ -109,7 +109,7 @@ def warn_beyond_auto(work: Work, model: Recogniser) -> None:
             f" {FLOOR:.0%} of each layer's channels stay, and one at least{but}"
         )
         work.emit({"event": "notice", "message": message})
-    if sparse.drop_branches and not any(_that_may_vanish(work, model)):
+    if sparse.drop_branches and not any(group.branch for group in groups_of(model)):
         message = f"sparse.drop_branches does nothing: {model.settings.backbone} has none to drop"
         work.emit({"event": "notice", "message": message})
 
@@ -117,29 +117,22 @@ def warn_beyond_auto(work: Work, model: Recogniser) -> None:
 def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
     """Before hours of training: try the deepest cut, and the targets, on the network as it is.
 
-    Where branches may go all of them are taken to, which is not known before.
+    Branches that may go count with their floors: whether they die is not known before.
 
     Raises:
         SettingsError: A cut, ratio or rank that cannot be, or a target out of reach.
     """
     settings = PruneSettings.model_validate(work.job["prune"])
-    gammas, vanishing = absolute_gammas(model), _that_may_vanish(work, model)
+    gammas = absolute_gammas(model)
     refuse_uncuttable(model)
-    deepest = max(work.job["ratios"], default=0)
-    slim(model, keep_masks(gammas, deepest, settings, vanishing=vanishing), settings)
+    slim(model, keep_masks(gammas, max(work.job["ratios"], default=0), settings), settings)
     if wishes := settings.targets.wishes():
-        highest = largest_ratio(gammas, settings, vanishing)
-        narrow = slim(model, keep_masks(gammas, highest, settings, vanishing=vanishing), settings)
+        highest = largest_ratio(gammas, settings)
+        narrow = slim(model, keep_masks(gammas, highest, settings), settings)
         network = work.checkpoint(narrow, "finetune")
         for kind, value in wishes.items():
             if (cost := COSTS[kind](network)) > value:
                 raise out_of_reach(kind, value, cost, highest)
-
-
-def _that_may_vanish(work: Work, model: Recogniser) -> list[bool]:
-    """For each group whether the sparse stage may leave no channel of it."""
-    sparse = SparseSettings.model_validate(work.job["sparse"])
-    return [may_go(group, sparse) for group in groups_of(model)]
 
 
 def train(
