@@ -38,10 +38,10 @@ def main() -> None:
     params, ratio, *changed = sys.argv[1:]
     experiment = load_experiment(Path(params), changed)
     sparse = find_sparse(experiment)
+    index = sparse.file(sparse.result)
     train, val = lines_of(experiment)
     print(f"| {' | '.join(COLUMNS)} |", f"| :-- |{' --: |' * (len(COLUMNS) - 1)}", sep="\n")
     for cut in CUTS:
-        index = sparse.file(sparse.result)
         print(f"| {' | '.join(_cells(index, float(ratio), cut, train, val))} |", flush=True)
 
 

@@ -196,7 +196,8 @@ def _refuse_unfit(model: Recogniser, tensors: dict[str, Tensor]) -> None:
             )
     for name, tensor in tensors.items():
         full = expected[name]
-        if tensor.dtype.is_floating_point != full.dtype.is_floating_point:
+        both_float = tensor.is_floating_point() and full.is_floating_point()
+        if tensor.dtype != full.dtype and not both_float:
             raise CheckpointError(f"tensor {name} is of {tensor.dtype}, not {full.dtype}")
         if tensor.ndim != full.ndim or not _within(tensor.shape, full.shape):
             raise CheckpointError(

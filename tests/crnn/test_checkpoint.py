@@ -139,6 +139,7 @@ def test_a_head_with_rows_comes_back_from_its_keys_alone(tmp_path: Path, rows: i
         (lambda t, m: t.update({"head.classes": torch.tensor([1])}), "do not fit"),
         (lambda t, m: t.update({"head.classes": torch.tensor(1)}), "at most"),
         (lambda t, m: t.update({"head.classes": torch.zeros(2)}), "of torch.float32, not"),
+        (lambda t, m: t.update({"head.classes": torch.zeros(2).int()}), "of torch.int32, not"),
         (lambda t, m: t.update({"head.rows.weight": torch.zeros(12, 16)}), "at most"),
         (lambda t, m: t.update({"head.rows.weight": torch.zeros(())}), "at most"),
         (lambda t, m: t.update({"head.low_rank.1.bias": torch.zeros(1)}), "11 classes"),

@@ -150,7 +150,7 @@ def test_auto_reaches_targets_that_take_whole_branches(lines: Lines) -> None:
     assert None not in gone
 
 
-def test_the_last_channels_of_a_branch_stand_for_all_of_it(lines: Lines) -> None:
+def test_the_last_channels_of_a_branch_stand_for_all_of_it() -> None:
     """Alone they seem to matter nothing: BatchNorm undoes what ReLU lets through, however large."""
     torch.manual_seed(0)
     model = random_recogniser(width=1.0, backbone="resnet34")
