@@ -3,10 +3,39 @@
 Whether slimming was worth it, each slimmed network against its controls, and where it was timed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
-from crnn.metrics import Estimate, difference_interval
-from flows.rows import ACCURACY, CONTROLS, Row
+from crnn.metrics import Estimate, difference_interval, paired_difference
+from flows.rows import ACCURACY, BASELINE, CONTROLS, Row, Variant
+
+AHEAD = "ahead/"
+"""Before a rival in the name of a difference of word accuracies: how far a point is ahead of it."""
+
+
+def with_differences(rows: Sequence[Row], shipped: Sequence[Sequence[Variant]]) -> list[Row]:
+    """The rows, with how far each network is ahead of the baseline and of its controls.
+
+    Args:
+        rows: Of one frontier.
+        shipped: Its networks, of each seed; those without a file for other runtimes have no list
+            of the lines that they read wrongly, and so no difference.
+    """
+    wrong = {
+        networks[0].point: [network.wrong for network in networks]
+        for networks in zip(*shipped, strict=True)
+        if networks[0].exported
+    }
+    return [{**row, **_differences(row, wrong)} for row in rows]
+
+
+def _differences(row: Row, wrong: Mapping[str, Sequence[Set[int]]]) -> Row:
+    point, figures = row["point"], Row()
+    rivals = {BASELINE: BASELINE, **{kind: f"{kind} {point}" for kind in CONTROLS}}
+    for rival, name in rivals.items():
+        if point in wrong and name in wrong and name != point:
+            ahead = paired_difference(wrong[point], wrong[name], row["val/samples"])
+            figures |= dict(zip(_names(f"{AHEAD}{rival}"), ahead, strict=True))
+    return figures
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -25,7 +54,7 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
     sentences = []
     for (frontier, point), slimmed in points.items():
         controls = {kind: points.get((frontier, f"{kind} {point}")) for kind in CONTROLS}
-        against = [_against(slimmed, row, CONTROLS[kind]) for kind, row in controls.items() if row]
+        against = [_against(slimmed, kind, row) for kind, row in controls.items() if row]
         if against:
             name = slimmed["point"]
             sentences.append(f"{name}: slimmed {accuracy(slimmed)}; {'; '.join(against)}.")
@@ -48,21 +77,40 @@ def _where_timed(rows: Sequence[Row]) -> list[str]:
 
 def accuracy(row: Row) -> str:
     """Word accuracy with its 95% interval, as a person reads it."""
-    share, low, high = _estimate(row)
+    share, low, high = _estimate(row, ACCURACY)
     return f"{100 * share:.1f}% ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def _estimate(row: Row) -> Estimate:
-    return row[ACCURACY], row[f"{ACCURACY}_low"], row[f"{ACCURACY}_high"]
+def over_baseline(row: Row) -> str:
+    """How many points a network is ahead of the baseline, with the 95% interval; - if unknown."""
+    if f"{AHEAD}{BASELINE}" not in row:
+        return "-"
+    difference, low, high = (100 * share for share in _estimate(row, f"{AHEAD}{BASELINE}"))
+    return f"{difference:+.1f} ({low:.1f} to {high:.1f})"
 
 
-def _against(slimmed: Row, control: Row, name: str) -> str:
+def _estimate(row: Row, name: str) -> Estimate:
+    share, low, high = (row[key] for key in _names(name))
+    return share, low, high
+
+
+def _names(figure: str) -> tuple[str, str, str]:
+    """Of a figure and the two ends of its interval."""
+    return figure, f"{figure}_low", f"{figure}_high"
+
+
+def _against(slimmed: Row, kind: str, control: Row) -> str:
     """A control's accuracy, and how far slimming is from it.
 
-    The interval of the difference is that of independent samples. Both networks read the same
-    lines, and what is hard for one is mostly hard for the other, so it is rather too wide.
+    Where the lines that each reads wrongly are not known, the interval is that of independent
+    samples, which is too wide: both networks read the same lines.
     """
-    difference, low, high = difference_interval(_estimate(slimmed), _estimate(control))
+    if f"{AHEAD}{kind}" in slimmed:
+        difference, low, high = _estimate(slimmed, f"{AHEAD}{kind}")
+    else:
+        difference, low, high = difference_interval(
+            _estimate(slimmed, ACCURACY), _estimate(control, ACCURACY)
+        )
     chance = ", which may be chance" if low <= 0 <= high else ""
     if round(100 * difference, 1) == 0:
         place, chance = "level with it", ""
@@ -71,4 +119,4 @@ def _against(slimmed: Row, control: Row, name: str) -> str:
     else:
         place, low, high = f"behind by {-100 * difference:.1f} points", -high, -low
     interval = f"({100 * low:.1f} to {100 * high:.1f})"
-    return f"{name} {accuracy(control)}: slimming is {place} {interval}{chance}"
+    return f"{CONTROLS[kind]} {accuracy(control)}: slimming is {place} {interval}{chance}"

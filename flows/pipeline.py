@@ -23,6 +23,7 @@ from crnn.settings import ExportSettings, QuantizeSettings, Settings
 from flows import cache, children, definitions, display, project, report, servers, store, tasks
 from flows.cache import READINESS, Manifest
 from flows.champion import crown
+from flows.comparison import with_differences
 from flows.experiment import LOCAL, ExecutionSettings, Experiment
 from flows.flow_runs import artifact_key, attended
 from flows.forecast import forecast_of
@@ -245,7 +246,7 @@ def _sweep(context: Context) -> Frontier:
     shipped = _shipped(context.experiment, trained)
     # Latency needs a quiet machine: it is taken when nothing trains any more.
     measured = {seed.seed: _measured(seed, variants) for seed, variants in shipped}
-    rows = _of_all_seeds(measured)
+    rows = with_differences(_of_all_seeds(measured), [variants for _, variants in shipped])
     folder, sweep_run = _publish(context, rows)
     figures_of = partial(_comparable, context, samples)
     # Of two sweeps that end at once, the second has to see the champion of the first.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crnn.files import write_atomic
-from flows.comparison import accuracy, remarks
+from flows.comparison import accuracy, over_baseline, remarks
 from flows.listing import ROWS
 from flows.rows import ACCURACY, BASELINE, INT8, OVER_TORCH, Row, base_point
 
@@ -121,13 +121,15 @@ def _markdown_table(header: list[str], cells: list[list[str]]) -> str:
 
 def cut_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of what each cut did to word accuracy."""
-    header = ["cut", "live channels cut", "before the cut", "after the cut", "fine-tuned"]
+    accuracies = ["before the cut", "after the cut", "fine-tuned"]
+    header = ["cut", "live channels cut", *accuracies, "points over the baseline"]
     names = ("prune/word_accuracy_before", "prune/word_accuracy_untuned", ACCURACY)
     cells = [
         [
             row["point"],
             f"{row['prune/live_channels_removed']:.0f}",
             *(f"{100 * row[name]:.1f}%" for name in names),
+            over_baseline(row),
         ]
         for row in rows
         if "prune/live_channels_removed" in row

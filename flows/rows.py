@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from scipy.special import stdtrit
-
-from crnn.metrics import wilson_interval
+from crnn.metrics import interval_of_seeds
 from flows import project
-from flows.cache import Manifest
+from flows.cache import ERRORS, Manifest
 
 ACCURACY = "val/word_accuracy"
 
@@ -66,6 +64,13 @@ class Variant:
     def label(self) -> str:
         """What a person calls it, by the stage that made it."""
         return f"int8 {self.model.label}" if self.is_int8 else self.model.label
+
+    @property
+    def wrong(self) -> frozenset[int]:
+        """Indices of the val lines that its file for other runtimes reads wrongly."""
+        assert self.exported
+        errors = json.loads(self.exported.file(ERRORS).read_text(encoding="utf-8"))
+        return frozenset(error["index"] for error in errors)
 
     @property
     def is_int8(self) -> bool:
@@ -171,30 +176,6 @@ def mean_of_seeds(rows: Mapping[int, Row]) -> Row:
             for seed, row in rows.items()
         },
     }
-
-
-def interval_of_seeds(accuracies: list[float], lines: float) -> tuple[float, float]:
-    """95% interval of the mean accuracy over seeds, for other lines and other seeds.
-
-    All seeds read the same lines, so more seeds are not more lines: the variance of the mean is
-    p (1 - p) / lines, from the lines, plus std^2 / seeds, from the seeds. It is the score interval
-    (Wilson 1927) of the number of lines that alone would give this variance, the effective sample
-    size (Kish 1965, Survey Sampling, section 8.2). As a few seeds tell std but roughly, the normal
-    quantile is Student's t of as many degrees of freedom as the sum has (Welch 1947; Satterthwaite
-    1946): that of the lines is taken as known.
-
-    Args:
-        accuracies: Of each seed, at least two.
-        lines: Number of val lines.
-    """
-    share = mean(accuracies)
-    from_lines = share * (1 - share) / lines
-    from_seeds = stdev(accuracies) ** 2 / len(accuracies)
-    if not from_seeds:
-        return wilson_interval(share, lines)
-    variance = from_lines + from_seeds
-    degrees = (len(accuracies) - 1) * (variance / from_seeds) ** 2
-    return wilson_interval(share, lines * from_lines / variance, float(stdtrit(degrees, 0.975)))
 
 
 def figures_in(row: Row) -> dict[str, float]:

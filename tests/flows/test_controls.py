@@ -220,6 +220,9 @@ def test_the_comparison_says_who_is_ahead_and_whether_it_may_be_chance() -> None
         " 85.0% (75.6-91.2): slimming is behind by 5.0 points (-7.2 to 17.5), which may be chance."
     )
     assert second.endswith("slimming is level with it (-2.2 to 2.2).")
+    # Where it is known which lines each read wrongly, these decide.
+    rows[1] |= {"ahead/small": -0.05, "ahead/small_low": -0.08, "ahead/small_high": -0.02}
+    assert comparisons(rows)[0].endswith("slimming is behind by 5.0 points (2.0 to 8.0).")
 
 
 def test_what_has_no_prune_ratio_is_shown_without_one() -> None:

@@ -125,6 +125,20 @@ def test_every_point_is_exported_measured_and_reads_the_same(
         assert project.frontier(*exporting)["computed"] == []
 
 
+def test_a_frontier_says_how_far_each_network_is_from_the_baseline(exported: Finished) -> None:
+    baseline, *others = exported[1]["rows"]
+    assert "ahead/baseline" not in baseline
+    for row in others:
+        ahead, low, high = (row[f"ahead/baseline{end}"] for end in ("", "_low", "_high"))
+        assert ahead == pytest.approx(row["val/word_accuracy"] - baseline["val/word_accuracy"])
+        assert low < ahead < high
+    table = (Path(exported[1]["report"]) / "frontier.md").read_text(encoding="utf-8")
+    cut = others[1]
+    assert "int8" not in cut
+    assert f"| {cut['point']} | " in table
+    assert f" | {100 * cut['ahead/baseline']:+.1f} (" in table
+
+
 def test_an_export_starts_no_threads_beyond_a_stage_s_cores(
     finished: Finished, tmp_path: Path
 ) -> None:

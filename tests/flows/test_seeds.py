@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from crnn.metrics import wilson_interval
+from crnn.metrics import interval_of_seeds, wilson_interval
 from flows.definitions import TRAINING
 from flows.report import table_cells
-from flows.rows import interval_of_seeds, mean_of_seeds
+from flows.rows import mean_of_seeds
 from tests.flows.conftest import Project, computed, copy_of, points_of, runs_of, work_of
 from tests.flows.test_report import row
 
