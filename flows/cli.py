@@ -104,7 +104,9 @@ def check_data(params: ParamsFile, set: Overrides = None, as_json: AsJson = Fals
             )
         for sample in bad:
             print(f"  {sample['split']} {sample['name']}: {sample['reason']} ({sample['detail']})")
-    if bad and experiment.data.on_bad_sample == "refuse":  # Else a run leaves them out.
+    is_empty = any(numbers["usable"] == 0 for numbers in counts.values())
+    # Bad ones a run leaves out where it is told to, as long as others are there.
+    if is_empty or (bad and experiment.data.on_bad_sample == "refuse"):
         raise typer.Exit(2)
 
 
@@ -226,14 +228,13 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Put finished frontiers side by side, in one table and plot."""
-    from flows import report
     from flows.compare import compare as put_together
 
     rows, folder = put_together(sweeps, different_data)
     if as_json:
         _print_json({"rows": rows, "report": str(folder)})
         return
-    _print_table(", ".join(dict.fromkeys(r["frontier"] for r in rows)), *report.table_cells(rows))
+    _print_frontier(", ".join(dict.fromkeys(r["frontier"] for r in rows)), rows)
     print(f"tables and plots: {_short(folder)}")
 
 
@@ -475,7 +476,7 @@ def _print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
         table.add_row(*line)
     console = Console()
     # Into a file or a pipe the whole table goes, not what 80 columns hold of it.
-    console.print(table) if console.is_terminal else Console(width=180).print(table)
+    console.print(table) if console.is_terminal else Console(width=10_000).print(table)
 
 
 def main() -> None:
@@ -502,7 +503,8 @@ def _explain(error: BaseException) -> None:
         _fail(str(error), 2)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}; {KEPT}", 2)
+        trains = any(command in sys.argv for command in ("frontier", "schedule", "join"))
+        _fail(f"{error.strerror or error}{where}{f'; {KEPT}' if trains else ''}", 2)
     if _is_of_prefect_s_client(error):  # MLflow's does not raise.
         _fail(f"{_why_prefect_fails(error)}; {KEPT}", 2)
     if isinstance(error, Exception):

@@ -76,7 +76,10 @@ def _command(text: str) -> str:
 
 STORES = "a store is an address that begins with s3://, gs://, az:// or file://"
 WEBHOOKS = "a webhook is an address that begins with http:// or https://"
-NAMES = "a name has letters, digits, _ and - alone, and begins with a letter or a digit"
+NAMES = (
+    "a name has letters, digits, _ and - alone, begins with a letter or a digit, and is not"
+    " Default, which is MLflow's own"
+)
 
 LOCAL: Final = "local"
 
@@ -194,7 +197,7 @@ class Experiment(Settings):
             training and fine-tuning.
     """
 
-    name: Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z", NAMES)]
+    name: Annotated[str, _matching(r"(?!Default\Z)[A-Za-z0-9][A-Za-z0-9_-]*\Z", NAMES)]
     seed: Seed = 0
     seeds: Seeds | None = None
     ratios: Ratios = RATIOS
@@ -296,7 +299,9 @@ def load_experiment(
 def _keep_controls_of(tree: dict[str, Any], ratios: Sequence[float]) -> None:
     """Take the controls from those of the file's ratios that are not computed now."""
     controls, own = tree.get("controls"), tree.get("ratios", RATIOS)
-    if isinstance(controls, dict) and isinstance(named := controls.get("ratios"), list):
+    if not isinstance(controls, dict) or not isinstance(own, list | tuple):
+        return  # Which is refused as it is.
+    if isinstance(named := controls.get("ratios"), list):
         kept = [ratio for ratio in named if ratio in ratios or ratio not in own]
         tree["controls"] = {**controls, "ratios": kept}
 

@@ -57,11 +57,11 @@ def garbage(days: float, deleted_sweeps: set[str], registered: set[str]) -> list
     Raises:
         UserError: The report of a sweep is unreadable, so that nobody knows what it refers to.
     """
+    since = _oldest_use(days)  # First: a pipeline that ends now has written its report below.
     reports = {path.name: path for path in project.reports_folder().glob("*/sweep-*")}
     gone = {key: path for key, path in reports.items() if key in deleted_sweeps}
     wanted = set().union(*(_stages_of(p) for k, p in reports.items() if k not in gone))
     work = _folders(project.work_folder())
-    since = _oldest_use(days)
     unfinished = [path for path in work if _used(path) > since or not is_free(path.name)]
     kept = _with_upstream(wanted.union(registered, *map(_inputs_of_work, unfinished)))
     found = [

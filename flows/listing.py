@@ -19,8 +19,13 @@ ROWS = "frontier.json"
 def sweeps() -> list[dict[str, Any]]:
     """Finished sweeps, the newest first: experiment, sweep, finished, points and accuracies."""
     folders = project.reports_folder().glob(f"*/sweep-*/{ROWS}")
-    newest = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+    newest = sorted(folders, key=_asked_for, reverse=True)
     return [_sweep(path) for path in newest]
+
+
+def _asked_for(path: Path) -> float:
+    """When a sweep was computed or asked for last, by its file of rows."""
+    return path.parent.stat().st_mtime
 
 
 def _sweep(path: Path) -> dict[str, Any]:
@@ -72,17 +77,25 @@ def folder_of(name: str) -> Path:
     reports = project.reports_folder()
     if (reports / name / ROWS).is_file():
         return reports / name
-    found = [
-        path
-        for path in reports.glob(f"*/*/{ROWS}")
-        if name in (path.parent.name, path.parents[1].name)
-    ]
+    # Comparisons lie beside the experiments, and have a name of their own alone.
+    experiments = {path for path in reports.glob(f"*/sweep-*/{ROWS}") if path.parts[-3] == name}
+    found = experiments.union(p for p in reports.glob(f"*/*/{ROWS}") if p.parent.name == name)
     if not found:
         raise UserError(f"no sweep of {name} in {reports}; `crnn-slim runs` lists those there are")
-    return max((path.parent for path in found), key=lambda folder: folder.stat().st_mtime)
+    return max(found, key=_asked_for).parent
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """Rows of a finished sweep."""
-    rows: list[Row] = json.loads((folder / ROWS).read_text(encoding="utf-8"))
+    """Rows of a finished sweep.
+
+    Raises:
+        UserError: They cannot be read.
+    """
+    try:
+        rows: list[Row] = json.loads((folder / ROWS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / ROWS} cannot be read ({error}); remove its folder, and the command of that"
+            " sweep writes it again"
+        ) from error
     return rows

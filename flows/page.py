@@ -47,7 +47,7 @@ def page_of(shown: Mapping[str, Any], details: Mapping[str, Any]) -> bytes:
         "details": {},
     }
     content = json.dumps({**nothing, **shown, **details}, ensure_ascii=False)
-    safe = content.replace("</", "<\\/")  # No label may end the script that it is in.
+    safe = content.replace("<", "\\u003c")  # No label may end the script that it is in.
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, safe).encode()
 
 

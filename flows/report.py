@@ -170,9 +170,10 @@ def latency_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def subject(title: str, rows: Sequence[Row]) -> str:
     """What the accuracies were taken of."""
+    lines = dict.fromkeys(f"{row['val/samples']:.0f}" for row in rows)
     counts = sorted({len(row.get("seeds", "1")) for row in rows})
     seeds = f", means of {' or '.join(map(str, counts))} seeds" if counts != [1] else ""
-    return f"{title}: {int(rows[0]['val/samples'])} val lines{seeds}"
+    return f"{title}: {' or '.join(lines)} val lines{seeds}"
 
 
 def axes_of(rows: Sequence[Row]) -> dict[str, str]:
@@ -281,6 +282,12 @@ def _interval(row: Row) -> tuple[float, float]:
     return 100 * (row[ACCURACY] - low), 100 * (high - row[ACCURACY])
 
 
+def _of_first_seed(rows: Sequence[Row]) -> list[str]:
+    if not any("seeds" in row for row in rows):
+        return []
+    return ["Curves, gammas, kept channels and lines that are read wrongly: the first seed's."]
+
+
 def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
     from flows.page import page_of
 
@@ -289,7 +296,7 @@ def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
     shown = {
         "title": title,
         "subject": f"{subject(title, rows)}; word accuracy with 95% intervals",
-        "sentences": remarks(rows),
+        "sentences": [*remarks(rows), *_of_first_seed(rows)],
         "axes": {cost: name for cost, name in AXES.items() if any(cost in row for row in rows)},
         "size": SIZE,
         "table": {"header": header, "cells": cells},

@@ -175,21 +175,30 @@ def find_or_compute(
         manifest = cache.find(stage.key, log)
         cached = manifest is not None
         if manifest is None:
-            allowed = project.cores()
             sharing = stage.name in definitions.SHARING
             parallel = parallel_finetunes(context.experiment) if sharing else 1
-            # As many for each, as no bit of a result may hang on which came first.
-            count = len(allowed) // parallel
+            count, shared = shares(parallel)
             if context.elsewhere:
                 for upstream in stage.inputs.values():
                     bring(upstream, log)
-            with seats(count, allowed, context.stop.is_set, log):
+            with seats(count, shared, context.stop.is_set, log):
                 manifest = _compute(context, stage, count, lock, log)
         context.tracker.finish(manifest)
         shutil.rmtree(project.work_folder() / stage.key, ignore_errors=True)
     manifest = replace(manifest, label=stage.label)
     context.note(manifest, cached)
     return manifest, cached
+
+
+def shares(parallel: int) -> tuple[int, list[int]]:
+    """How many cores each of so many stages gets, and which all of them share.
+
+    Each gets as many, as no bit of a result may hang on which came first. What is left over stays
+    free, or one stage more than that would compute.
+    """
+    allowed = project.cores()
+    count = len(allowed) // parallel
+    return count, allowed[: count * parallel]
 
 
 def bring(manifest: Manifest, log: Callable[[str], None]) -> None:

@@ -7,7 +7,6 @@ pipeline could tell it, and is started again for ever where its disk is full.
 import atexit
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -44,7 +43,7 @@ def start_server() -> Callable[[], None]:
         return lambda: None
     global _own
     _own = True
-    port = _free_port()
+    port = servers.free_port()
     log = Path(os.environ["PREFECT_HOME"]) / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     starting = contextlib.ExitStack()
@@ -98,13 +97,6 @@ class _Server:
             self.process.wait(5)
         self.process.kill()
         self.process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def main() -> None:

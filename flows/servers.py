@@ -109,7 +109,7 @@ def prefect() -> Iterator[str]:
     if there := _started():
         yield f"{there.prefect}/api"
         return
-    ports = [port if port_is_free(port) else _free_port() for port in (MLFLOW_PORT, PREFECT_PORT)]
+    ports = [port if port_is_free(port) else free_port() for port in (MLFLOW_PORT, PREFECT_PORT)]
     with serving(*ports) as servers:
         yield f"{servers.prefect}/api"
 
@@ -205,7 +205,8 @@ def _answers(page: str) -> bool:
         return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on which nothing listens on this machine."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

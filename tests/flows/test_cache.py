@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from crnn.errors import StoppedError
 from flows import cache, project, running
 from flows.cache import Manifest, Stage
 from flows.experiment import Experiment
@@ -170,7 +172,14 @@ def test_as_many_trainings_at_once_as_the_experiment_says(
 ) -> None:
     monkeypatch.setattr(project, "cores", lambda: list(range(cores)))
     experiment = Experiment.model_validate({**TINY, "execution": {"parallel": parallel}})
-    assert running.parallel_finetunes(experiment) == expected
+    parallel = running.parallel_finetunes(experiment)
+    assert parallel == expected
+    count, shared = running.shares(parallel)
+    with ExitStack() as held:
+        for _ in range(expected):
+            held.enter_context(seats(count, shared, lambda: False, pytest.fail))
+        with pytest.raises(StoppedError), seats(count, shared, lambda: True, lambda said: None):
+            pass
 
 
 def test_cores_are_shared_and_a_whole_machine_waits_for_all_of_them() -> None:

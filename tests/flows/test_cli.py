@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from crnn.checkpoint import load_checkpoint
+from flows.cli import _print_table
 from pruning.gammas import absolute_gammas
 from tests.flows.conftest import Project, copy_of, free_port, new_project, runs_of, wait_for
 
@@ -174,6 +175,21 @@ def test_an_empty_data_set_is_refused(labelled: Project, label_folder: Path) -> 
     (label_folder / "val.txt").write_text("")
     result = labelled.run("frontier", str(labelled.params), code=2)
     assert "the val split has no usable sample" in only_line(result)
+    (label_folder / "val.txt").write_text("images/0.png\té\n", encoding="utf-8")
+    skip = (str(labelled.params), "--set", "data.on_bad_sample=skip")
+    assert "val: 1 samples, 0 usable" in labelled.run("check-data", *skip, code=2).stdout
+    assert "the val split has no usable sample" in only_line(
+        labelled.run("frontier", *skip, code=2)
+    )
+
+
+def test_a_table_loses_nothing_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    header = ["point", *(f"column-{n}" for n in range(50))]
+    _print_table("title", header, [header])
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"{name} ") >= 2 for name in header[1:10])
+    assert shown.count("column-49") == 2
+    assert "…" not in shown
 
 
 def test_preview_shows_the_cuts_the_pipeline_makes(finished: Finished) -> None:

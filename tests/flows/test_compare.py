@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from crnn.errors import UserError
 from flows import project
 from flows.compare import compare
 from flows.comparison import comparisons, remarks
+from flows.listing import folder_of, sweeps
 from flows.report import subject, table_cells
 from tests.flows.conftest import TINY
 from tests.flows.test_report import row
@@ -81,9 +83,28 @@ def test_latencies_of_two_machines_are_not_taken_for_comparable() -> None:
 def test_the_newest_sweep_is_meant_unless_one_is_named() -> None:
     sweep("tiny", "aaaa11", 3.0, age=100)
     sweep("tiny", "cccc33", 2.0)
-    sweep("other", "bbbb22", 2.0)
+    sweep("other", "bbbb22", 2.0, age=50)
     assert compare(["tiny", "other"])[0][0]["frontier"] == "tiny/cccc"
-    assert compare(["tiny/sweep-aaaa11", "tiny"])[0][0]["frontier"] == "tiny/aaaa"
+    rows, folder = compare(["tiny/sweep-aaaa11", "tiny"])
+    assert rows[0]["frontier"] == "tiny/aaaa"
+    assert [sweep["sweep"] for sweep in sweeps()] == [
+        "sweep-cccc33",
+        "sweep-bbbb22",
+        "sweep-aaaa11",
+    ]
+    assert folder_of(folder.name) == folder
+    sweep("compared", "dddd44", 2.0, age=1e8)
+    assert folder_of("compared").name == "sweep-dddd44", "comparisons are no sweeps of it"
+
+
+def test_a_damaged_sweep_is_named_with_what_to_do() -> None:
+    sweep("tiny", "aaaa11", 3.0)
+    damaged = project.reports_folder() / "tiny" / "sweep-aaaa11" / "frontier.json"
+    damaged.write_text("{")
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(damaged))} cannot be read .*; remove its"
+    ):
+        sweeps()
 
 
 def test_other_samples_are_refused_unless_asked_for() -> None:
@@ -91,7 +112,10 @@ def test_other_samples_are_refused_unless_asked_for() -> None:
     sweep("other", "bbbb22", 2.0, data="data-2")
     with pytest.raises(UserError, match="other/bbbb read other samples than tiny/aaaa"):
         compare(["tiny", "other"])
-    assert len(compare(["tiny", "other"], different_data=True)[0]) == 4
+    rows, _ = compare(["tiny", "other"], different_data=True)
+    assert len(rows) == 4
+    rows[3]["val/samples"] = 20.0
+    assert subject("both", rows) == "both: 100 or 20 val lines"
 
 
 @pytest.mark.parametrize(

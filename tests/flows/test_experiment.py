@@ -62,6 +62,10 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
     assert load_experiment(tiny).controls.kinds(0.3) == []
     of_one = load_experiment(tiny, ["controls={small: true, ratios: [0.3, 0.6]}"], [0.6, 0.7])
     assert of_one.controls.ratios == (0.6,), "those that are not computed are left out"
+    for slip in ("null", "0.6"):
+        changes = [f"ratios={slip}", "controls={small: true, ratios: [0.3]}"]
+        with pytest.raises(SettingsError, match="among the experiment's ratios"):
+            load_experiment(tiny, changes, [0.6])
     targets_alone = ["ratios=[]", "prune.targets.params=9", "controls.small=true"]
     with pytest.raises(SettingsError, match="controls belong to ratios"):
         load_experiment(tiny, targets_alone)
@@ -132,6 +136,7 @@ def test_controls_belong_to_ratios_all_of_them_unless_some_are_named(tiny: Path)
         ),
         ("execution.store=/mnt/x", r"begins with s3://, gs://, az:// or file://, not '/mnt/x'$"),
         ("execution.rendezvous=host", r"such as first.example:29400, not 'host'$"),
+        ("name=Default", r"name: .*and is not Default, which is MLflow's own, not 'Default'$"),
         ("name=my name", r"name: a name has letters, .*, not 'my name'$"),
         ("notify.webhook=me", r"begins with http:// or https://, not 'me'$"),
         ("epochs=3", r"unknown key 'epochs'; did you mean baseline.epochs or .*finetune.epochs"),

@@ -128,6 +128,28 @@ def test_what_a_running_pipeline_has_used_stays(finished: Finished, tmp_path: Pa
     assert baseline in project.run("gc", "--older-than", "0").stdout
 
 
+def test_what_a_pipeline_has_used_that_ends_in_this_instant_stays(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have written its report after the reports were looked at."""
+    project = copy_of(finished, tmp_path / "copy")
+    monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
+    lock = project.home / "locks" / "flow-1.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        os.utime(lock, (time.time() - 600, time.time() - 600))
+        project.frontier()  # It has used all stages.
+        reports = project.home / "reports"
+
+        def ended(path: Path) -> set[str]:
+            fcntl.flock(held, fcntl.LOCK_UN)
+            return set()
+
+        monkeypatch.setattr("flows.garbage._stages_of", ended)
+        assert list(reports.glob("*/sweep-*"))
+        assert garbage(0, set(), set()) == []
+
+
 def test_what_is_used_while_others_are_removed_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,7 @@ def test_the_report_answers(exported: Exported, browser: Browser) -> None:
 
 
 ROW = {"val/word_accuracy": 0.5, "val/word_accuracy_low": 0.4, "val/word_accuracy_high": 0.6}
-HOSTILE = "</script><script>document.title='taken'</script>"
+HOSTILE = "</script><script>document.title='taken'</script><!--<script>"
 
 
 @needs_chromium
