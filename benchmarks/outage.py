@@ -21,7 +21,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.flows.conftest import free_port, serve_mlflow
+from flows.servers import free_port
+from tests.flows.conftest import serve_mlflow
 
 Phase = tuple[float, float]
 """Seconds an epoch, share of one core."""

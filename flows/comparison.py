@@ -6,7 +6,7 @@ Whether slimming was worth it, each slimmed network against its controls, and wh
 from collections.abc import Mapping, Sequence, Set
 
 from crnn.metrics import Estimate, difference_interval, paired_difference
-from flows.rows import ACCURACY, BASELINE, CONTROLS, Row, Variant
+from flows.rows import ACCURACY, BASELINE, CONTROLS, Row, Variant, with_ends
 
 AHEAD = "ahead/"
 """Before a rival in the name of a difference of word accuracies: how far a point is ahead of it."""
@@ -34,7 +34,7 @@ def _differences(row: Row, wrong: Mapping[str, Sequence[Set[int]]]) -> Row:
     for rival, name in rivals.items():
         if point in wrong and name in wrong and name != point:
             ahead = paired_difference(wrong[point], wrong[name], row["val/samples"])
-            figures |= dict(zip(_names(f"{AHEAD}{rival}"), ahead, strict=True))
+            figures |= dict(zip(with_ends(f"{AHEAD}{rival}"), ahead, strict=True))
     return figures
 
 
@@ -90,13 +90,8 @@ def over_baseline(row: Row) -> str:
 
 
 def _estimate(row: Row, name: str) -> Estimate:
-    share, low, high = (row[key] for key in _names(name))
+    share, low, high = (row[key] for key in with_ends(name))
     return share, low, high
-
-
-def _names(figure: str) -> tuple[str, str, str]:
-    """Of a figure and the two ends of its interval."""
-    return figure, f"{figure}_low", f"{figure}_high"
 
 
 def _against(slimmed: Row, kind: str, control: Row) -> str:

@@ -78,8 +78,12 @@ def folder_of(name: str) -> Path:
     if (reports / name / ROWS).is_file():
         return reports / name
     # Comparisons lie beside the experiments, and have a name of their own alone.
-    experiments = {path for path in reports.glob(f"*/sweep-*/{ROWS}") if path.parts[-3] == name}
-    found = experiments.union(p for p in reports.glob(f"*/*/{ROWS}") if p.parent.name == name)
+    found = [
+        path
+        for path in reports.glob(f"*/*/{ROWS}")
+        if name == path.parent.name
+        or (name == path.parents[1].name and path.parent.name.startswith("sweep-"))
+    ]
     if not found:
         raise UserError(f"no sweep of {name} in {reports}; `crnn-slim runs` lists those there are")
     return max(found, key=_asked_for).parent

@@ -14,7 +14,7 @@ import numpy as np
 from crnn.files import write_atomic
 from flows.comparison import accuracy, over_baseline, remarks
 from flows.listing import ROWS
-from flows.rows import ACCURACY, BASELINE, INT8, OVER_TORCH, Row, base_point
+from flows.rows import ACCURACY, BASELINE, INT8, OVER_TORCH, Row, base_point, with_ends
 
 if TYPE_CHECKING:  # The pipeline's own process does without torch.
     from pruning.readiness import Readiness
@@ -278,8 +278,8 @@ def _name_point(axes: Any, row: Row, cost: str) -> None:
 
 def _interval(row: Row) -> tuple[float, float]:
     """Distance from the accuracy down and up to the ends of its interval, in points."""
-    low, high = row[f"{ACCURACY}_low"], row[f"{ACCURACY}_high"]
-    return 100 * (row[ACCURACY] - low), 100 * (high - row[ACCURACY])
+    share, low, high = (row[name] for name in with_ends(ACCURACY))
+    return 100 * (share - low), 100 * (high - share)
 
 
 def _of_first_seed(rows: Sequence[Row]) -> list[str]:
@@ -292,7 +292,7 @@ def _page(title: str, rows: Sequence[Row], details: Mapping[str, Any]) -> bytes:
     from flows.page import page_of
 
     header, cells = table_cells(rows)
-    figures = (*AXES, ACCURACY, f"{ACCURACY}_low", f"{ACCURACY}_high")
+    figures = (*AXES, *with_ends(ACCURACY))
     shown = {
         "title": title,
         "subject": f"{subject(title, rows)}; word accuracy with 95% intervals",

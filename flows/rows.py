@@ -78,6 +78,11 @@ class Variant:
         return self.exported is not None and self.exported.stage == "int8"
 
 
+def with_ends(figure: str) -> tuple[str, str, str]:
+    """Names of a figure and of the two ends of its 95% interval."""
+    return figure, f"{figure}_low", f"{figure}_high"
+
+
 def base_point(point: str) -> str:
     """The point whose network this is in another form."""
     return point.removesuffix(INT8).removesuffix(QAT)

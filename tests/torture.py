@@ -29,13 +29,13 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
+from flows.servers import free_port
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
     LONG,
     Project,
     children_of,
     client_of,
-    free_port,
     new_project,
     serve_mlflow,
     serve_prefect,

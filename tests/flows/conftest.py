@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from crnn.files import sha256
+from flows.servers import free_port
 from flows.stages.work import READING, Work
 from tests.flows import commands
 from tests.flows.commands import PATIENCE
@@ -160,13 +160,6 @@ def points_of(project: Project, sweep_run: str) -> dict[str, Run]:
     experiment = client.get_run(sweep_run).info.experiment_id
     found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{sweep_run}'")
     return {run.info.run_name: run for run in found}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def wait_for(address: str, seconds: float = PATIENCE) -> bytes:

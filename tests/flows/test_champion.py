@@ -25,6 +25,7 @@ from flows.champion import _first_val_line, beats, best_of, model_card
 from flows.experiment import ChampionSettings, load_experiment
 from flows.project import timing_ground
 from flows.registry import PROMOTED
+from flows.servers import free_port
 from flows.stages import export as stages
 from flows.stages.export import _squeezed, judge
 from tests.conftest import DIGITS, rendered_lines
@@ -32,7 +33,6 @@ from tests.flows.conftest import (
     Project,
     client_of,
     copy_of,
-    free_port,
     new_project,
     squeeze,
     wait_for,

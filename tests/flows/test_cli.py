@@ -17,8 +17,9 @@ from PIL import Image
 
 from crnn.checkpoint import load_checkpoint
 from flows.cli import _print_table
+from flows.servers import free_port
 from pruning.gammas import absolute_gammas
-from tests.flows.conftest import Project, copy_of, free_port, new_project, runs_of, wait_for
+from tests.flows.conftest import Project, copy_of, new_project, runs_of, wait_for
 
 Finished = tuple[Project, dict[str, Any]]
 

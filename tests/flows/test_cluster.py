@@ -19,14 +19,13 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.servers import LEASES_IN_FILES
+from flows.servers import LEASES_IN_FILES, free_port
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
     LONG,
     TINY,
     Project,
     children_of,
-    free_port,
     new_project,
     serve_mlflow,
     serve_prefect,

@@ -13,7 +13,8 @@ from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 from flows.compare import compare
 from flows.page import page_of
-from tests.flows.conftest import Project, free_port, wait_for
+from flows.servers import free_port
+from tests.flows.conftest import Project, wait_for
 from tests.flows.test_compare import sweep
 from tests.flows.test_servers import started
 

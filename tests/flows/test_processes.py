@@ -16,12 +16,12 @@ import torch
 
 from crnn.errors import SettingsError
 from flows import group
+from flows.servers import free_port
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
     Project,
     computed,
     copy_of,
-    free_port,
     from_nothing,
     new_project,
     wait_for_epoch,

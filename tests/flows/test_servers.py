@@ -24,11 +24,11 @@ from flows import project as state
 from flows.experiment import NotifySettings
 from flows.locks import single_flight
 from flows.notice import notify
+from flows.servers import free_port
 from tests.flows.commands import PATIENCE
 from tests.flows.conftest import (
     Project,
     copy_of,
-    free_port,
     new_project,
     wait_for,
     wait_until,
