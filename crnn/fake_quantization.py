@@ -7,7 +7,7 @@ ships, folded with the statistics of their BatchNorms, which stay as they are. D
 range is that of its batch, not a running mean, so that a training has no state beside its weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,16 +57,29 @@ def round_input(given: Tensor, training: bool) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(given, scale, zero, 0, LARGEST_INPUT)
 
 
-class _RoundedConv2d(nn.Conv2d):
-    def forward(self, given: Tensor) -> Tensor:
-        weight = round_filters(self.weight)
-        output: Tensor = self._conv_forward(round_input(given, self.training), weight, self.bias)
+class _Rounded:
+    """What rounds a layer's input and weight and leaves the rest to the layer, timm's as well."""
+
+    round_weight: Callable[[Tensor], Tensor]
+
+    @property
+    def weight(self: Any) -> Tensor:
+        """The layer's own, on its grid; nn.Module looks for a parameter only where this is not."""
+        rounded: Tensor = type(self).round_weight(self._parameters["weight"])
+        return rounded
+
+    def forward(self: Any, given: Tensor) -> Tensor:
+        """What the layer makes of its input on its grid."""
+        output: Tensor = super().forward(round_input(given, self.training))  # type: ignore[misc]
         return output
 
 
-class _RoundedLinear(nn.Linear):
-    def forward(self, given: Tensor) -> Tensor:
-        return F.linear(round_input(given, self.training), round_head(self.weight), self.bias)
+class _RoundedConv2d(_Rounded):
+    round_weight = staticmethod(round_filters)
+
+
+class _RoundedLinear(_Rounded):
+    round_weight = staticmethod(round_head)
 
 
 class _RoundedBlock(nn.Module):
@@ -83,10 +96,14 @@ class _RoundedBlock(nn.Module):
         return F.conv2d(given, kernel, bias, shaped.stride, shaped.padding, groups=shaped.groups)
 
 
-ROUNDED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: _RoundedConv2d,
-    nn.Linear: _RoundedLinear,
-}
+def _rounded(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that makes a layer round, by the rule of its kind; None for one that does not."""
+    kind = type(layer)
+    if isinstance(layer, nn.Conv2d):
+        return type(kind.__name__, (_RoundedConv2d, kind), {})
+    if isinstance(layer, nn.Linear):
+        return type(kind.__name__, (_RoundedLinear, kind), {})
+    return None
 
 
 @contextmanager
@@ -96,17 +113,17 @@ def fake_quantized(model: Recogniser) -> Iterator[None]:
     Args:
         model: Changed in place, and back again at the end.
     """
-    exact = {rounded: kind for kind, rounded in ROUNDED.items()}
-    layers = [layer for layer in model.modules() if type(layer) in ROUNDED]
     blocks = blocks_of(model)
-    for layer in layers:
-        layer.__class__ = ROUNDED[type(layer)]
+    folded = {layer for block, _ in blocks for layer in block.modules()}
+    exact = {layer: type(layer) for layer in model.modules() if layer not in folded}
+    for layer in exact:
+        layer.__class__ = _rounded(layer) or type(layer)
     for block, shaped in blocks:
         block.reparam_conv = _RoundedBlock(block, shaped)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = exact[type(layer)]
+        for layer, kind in exact.items():
+            layer.__class__ = kind
         for block, _ in blocks:
             block.reparam_conv = None

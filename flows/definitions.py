@@ -52,7 +52,7 @@ VERSIONS = {
     "small": 5,
     "export": 3,
     "int8": 8,
-    "qat": 5,
+    "qat": 6,
     "judge": 3,
     "measure": 4,
     "latency": 2,

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from flows import cache, children, definitions, display, project, report, server
 from flows.cache import READINESS, Manifest
 from flows.champion import crown
 from flows.comparison import with_differences
-from flows.experiment import LOCAL, ExecutionSettings, Experiment
+from flows.experiment import LOCAL, ChampionSettings, ExecutionSettings, Experiment
 from flows.flow_runs import artifact_key, attended
 from flows.forecast import forecast_of
 from flows.locks import single_flight
@@ -49,7 +50,7 @@ from flows.running import Context, bring, parallel_finetunes
 from flows.server import is_own
 from flows.tracking import Tracker
 from flows.views import FRONTIER, page_of_view
-from pruning.settings import SparseSettings
+from pruning.settings import PruneSettings, SparseSettings
 
 UI = "http://127.0.0.1:5000"
 """Where `crnn-slim ui` serves MLflow."""
@@ -169,33 +170,43 @@ def _warn_beyond_target(experiment: Experiment) -> None:
 
 def _warn_of_what_does_not_count(experiment: Experiment) -> None:
     """Say which of the settings have no effect, or not all that one would think."""
-    sparse, controls = experiment.sparse, experiment.controls
-    if experiment.export is None:
-        for section in ("quantize", "champion"):
-            if getattr(experiment, section) not in (None, _default(section)):
-                display.say(f"{section} is not used: export is null")
-    own = experiment.baseline.checkpoint and sparse.from_baseline
-    if own and experiment.model != _default("model"):
-        display.say("model is not used: the network is that of baseline.checkpoint")
-    if experiment.finetune.distill and not experiment.finetune.epochs:
-        display.say("finetune.distill is not used: finetune.epochs is 0")
-    default = SparseSettings.model_fields["target_ratio"].default
-    if sparse.method != "auto" and sparse.target_ratio != default:
-        display.say(
-            f"sparse.target_ratio {sparse.target_ratio:g} is not used: of {sparse.method} the"
-            " strength decides how many channels come near zero"
-        )
-    if sparse.drop_branches and experiment.prune.selection == "reference":
-        display.say("branches stay: prune.selection: reference keeps a channel of every layer")
-    if (controls.scratch or controls.small) and (trained := definitions.checkpoints(experiment)):
-        display.say(
-            f"the controls get less than slimming had: what went into {' and '.join(trained)}"
-            " before is not known, and not counted"
-        )
+    sparse, prune, champion = experiment.sparse, experiment.prune, experiment.champion
+    controls = experiment.controls.scratch or experiment.controls.small
+    trained = definitions.checkpoints(experiment)
+    given = experiment.baseline.checkpoint and sparse.from_baseline
+    units = int(experiment.model.hidden * Decimal(str(prune.lstm_ratio)))
+    remarks = {
+        f"{section} is not used: export is null": experiment.export is None
+        and getattr(experiment, section) not in (None, _default(Experiment, section))
+        for section in ("quantize", "champion")
+    } | {
+        "model is not used: the network is that of baseline.checkpoint": given
+        and experiment.model != _default(Experiment, "model"),
+        "finetune.distill is not used: finetune.epochs is 0": experiment.finetune.distill
+        and not experiment.finetune.epochs,
+        f"sparse.target_ratio {sparse.target_ratio:g} is not used: of {sparse.method} the strength"
+        " decides how many channels come near zero": sparse.method != "auto"
+        and sparse.target_ratio != _default(SparseSettings, "target_ratio"),
+        "branches stay: prune.selection: reference keeps a channel of every layer": (
+            sparse.drop_branches and prune.selection == "reference"
+        ),
+        "prune.calibration_lines is not used: prune.compensate is false": not prune.compensate
+        and prune.calibration_lines != _default(PruneSettings, "calibration_lines"),
+        f"prune.lstm_ratio {prune.lstm_ratio:g} cuts nothing: the LSTM has"
+        f" {experiment.model.hidden} hidden units": prune.lstm_ratio and not units and not given,
+        "champion.within is not used: the most_accurate may lose anything": champion
+        and champion.rule == "most_accurate"
+        and champion.within != _default(ChampionSettings, "within"),
+        f"the controls get less than slimming had: what went into {' and '.join(trained)} before is"
+        " not known, and not counted": controls and trained,
+    }
+    for remark, holds in remarks.items():
+        if holds:
+            display.say(remark)
 
 
-def _default(section: str) -> Any:
-    return Experiment.model_fields[section].default
+def _default(settings: type[Settings], key: str) -> Any:
+    return settings.model_fields[key].default
 
 
 def _persistently(context: Context) -> Frontier:

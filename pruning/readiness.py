@@ -108,7 +108,7 @@ def _cut_part(settings: SparseSettings, free: float, dead: int, channels: int) -
 def _accuracy_part(accuracy: float, baseline: float | None, free: float) -> list[str]:
     if baseline is None:
         return [f"the network reads {100 * accuracy:.1f}% of the val lines"]
-    if baseline == 0:
+    if baseline == accuracy == 0:
         return ["neither this network nor the baseline reads a line: train longer"]
     lost = baseline - accuracy
     verdict = (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from crnn.checkpoint import recogniser_of
 from crnn.data.images import HEIGHT
-from crnn.errors import CheckpointError, SettingsError
+from crnn.errors import SettingsError
 from crnn.networks.branches import last_norms, shortcuts_of
 from crnn.networks.deploy import deployed
 from crnn.networks.recogniser import INITIAL_GAMMA, Recogniser
@@ -63,7 +63,9 @@ def revive(model: Recogniser, masks: Sequence[Tensor]) -> None:
 
     Their gammas become the mean of their BatchNorm's, and what reads them starts at zero, as in
     function-preserving widening (Chen et al. 2016, arXiv:1511.05641). ReLU lets no gradient
-    through where gamma and beta are zero, so that fine-tuning alone never brings them back.
+    through where gamma and beta are zero, so that fine-tuning alone never brings them back. A
+    channel with a beta left, as any method but auto leaves it, still gives what may count, and
+    stays as it is.
 
     Args:
         model: Changed in place.
@@ -98,7 +100,7 @@ def refuse_uncuttable(model: Recogniser) -> None:
         )
     try:
         difference = _difference_without_half(model)
-    except (IndexError, RuntimeError, CheckpointError) as error:
+    except Exception as error:  # Torch-Pruning raises whatever it stumbles over.
         raise _uncuttable(
             model, f"its channels are coupled as no rule here follows ({error})"
         ) from error
@@ -143,7 +145,7 @@ def _difference_without_half(model: Recogniser) -> float:
                 parameter.data[~mask[channels]] = 0
         masks.append(mask)
     image = torch.rand(1, 3, HEIGHT, 32, generator=chance).double()
-    compact = cut(masked, masks)
+    compact = cut(masked, masks, mean_inputs(masked, [image]))
     with torch.inference_mode():
         expected = masked(image)
         forms = [form(image) for form in (compact, deployed(compact)) if form]
@@ -173,9 +175,9 @@ def _fold(
 ) -> None:
     """Add what removed channels contribute on the mean to what stands behind them."""
     for (tensor, axis), channels in group.axes.items():
-        if axis != 1:
-            continue
         layer, removed = tensor.rpartition(".")[0], ~mask[channels]
+        if axis != 1 or not removed.any():
+            continue
         added = tensors[tensor][:, removed].flatten(1) @ means[layer][removed].flatten()
         if layer == LSTM:
             tensors[LSTM_BIASES[LSTM_INPUTS.index(tensor)]] += added

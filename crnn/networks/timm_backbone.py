@@ -129,7 +129,8 @@ def _keep_width(module: Any, inputs: tuple[Tensor, ...]) -> None:
     if strides[0] < 2 or may_halve:
         return
     module.stride = (strides[0], 1)
-    if getattr(module, "kernel_size", None) in (strides[0], strides):
+    pools = not isinstance(module, nn.Conv2d)
+    if pools and getattr(module, "kernel_size", None) in (strides[0], strides):
         module.kernel_size = (strides[0], 1)  # Windows that did not overlap shall not begin to.
 
 

@@ -56,8 +56,8 @@ def sparse(work: Work) -> Outcome:
     given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
     model = copy.deepcopy(given) if given else initial_model(work, work.settings["model"])
     if rank() == 0:
-        warn_beyond_auto(work, model)
         refuse_impossible_cuts(work, model)
+        warn_beyond_auto(work, model)
     look = _snapshots(work) if settings.method == "auto" and rank() == 0 else None
     teacher = teacher_of(work, settings.distill)
     run, metrics = train(work, model, settings, penalty_of(settings), look, teacher)

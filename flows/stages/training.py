@@ -39,8 +39,8 @@ def baseline(work: Work) -> Outcome:
     if rank() == 0:  # The others may be on a busier machine, without the checkpoint.
         to_cut = work.job["to_cut"]
         cut = initial_model(work, to_cut) if to_cut else model
-        warn_beyond_auto(work, cut)
         refuse_impossible_cuts(work, cut)
+        warn_beyond_auto(work, cut)
     work.write_summary(model)
     settings = BaselineSettings.model_validate({**work.settings["train"], "checkpoint": given})
     teacher = teacher_of(work, settings.distill or 0)
@@ -123,8 +123,8 @@ def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
         SettingsError: A cut, ratio or rank that cannot be, or a target out of reach.
     """
     settings = PruneSettings.model_validate(work.job["prune"])
-    gammas = absolute_gammas(model)
     refuse_uncuttable(model)
+    gammas = absolute_gammas(model)
     slim(model, keep_masks(gammas, max(work.job["ratios"], default=0), settings), settings)
     if wishes := settings.targets.wishes():
         highest = largest_ratio(gammas, settings)

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from crnn.charset import Charset
 from crnn.checkpoint import Checkpoint
@@ -105,6 +106,18 @@ def test_branches_are_rounded_as_the_convolution_that_ships(backbone: str) -> No
             assert torch.allclose(rounded, shipped(images), atol=1e-4)
         assert (rounded - exact).abs().max() > 1e-3
         assert torch.equal(model(images), exact)
+
+
+def test_the_padding_layers_of_timm_are_rounded_as_well() -> None:
+    model = random_recogniser(1.0, backbone="tf_efficientnet_lite0").float().eval()
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len({type(layer) for layer in layers}) == 2, "of torch, and of timm"
+    with fake_quantized(model):
+        for layer in layers:
+            steps = layer.weight / (layer.weight.abs().flatten(1).amax(1) / 64).view(-1, 1, 1, 1)
+            assert torch.allclose(steps, steps.round(), atol=1e-3)
+        assert model(torch.rand(1, 3, 32, 64)).isfinite().all()
+    assert all(isinstance(layer.weight, nn.Parameter) for layer in layers)
 
 
 def test_a_network_computes_as_in_8_bits_and_is_then_what_it_was(lines: Lines) -> None:

@@ -356,6 +356,14 @@ def test_settings_without_effect_are_said_before_anything_is_trained(
     ).stderr
     assert "sparse.target_ratio 0.5 is not used: of proximal the strength decides" in said
     assert f"the controls get less than slimming had: what went into {own} before is not" in said
+    idle = ["compensate=false", "calibration_lines=9", "lstm_ratio=0.1"]
+    overrides = [f"prune.{setting}" for setting in idle]
+    overrides += ["champion.rule=most_accurate", "champion.within=2"]
+    flags = [word for override in overrides for word in ("--set", override)]
+    said = project.run("frontier", str(project.params), *flags, code=2).stderr
+    assert "prune.calibration_lines is not used: prune.compensate is false" in said
+    assert "prune.lstm_ratio 0.1 cuts nothing: the LSTM has 8 hidden units" in said
+    assert "champion.within is not used: the most_accurate may lose anything" in said
 
 
 def test_convert_sroie_cuts_lines_that_check_data_accepts(tmp_path: Path) -> None:

@@ -221,6 +221,16 @@ def test_what_can_be_cut_is_proven(network: Recogniser) -> None:
     refuse_uncuttable(network)
 
 
+def test_convolutions_over_channels_are_proven_with_what_they_run_over_kept() -> None:
+    refuse_uncuttable(random_network("eca_resnet33ts"))
+
+
+def test_a_convolution_keeps_its_kernel_where_its_stride_is_changed() -> None:
+    layers = [m for m in random_network("efficientnet_x_b3").modules() if isinstance(m, nn.Conv2d)]
+    assert any(layer.stride == (2, 1) and layer.kernel_size == (2, 2) for layer in layers)
+    assert all(layer.kernel_size == layer.weight.shape[2:] for layer in layers)
+
+
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_100", "ghostnet_100"])
 def test_the_deepest_cut_has_the_same_groups_and_can_be_cut_again(backbone: str) -> None:
     network = random_network(backbone)
@@ -238,3 +248,8 @@ def test_a_channel_that_no_norm_scales_alone_is_refused() -> None:
         pytest.raises(SettingsError, match=r"hgnetv2_b0 cannot be cut: .* logits change by"),
     ):
         refuse_uncuttable(network)
+
+
+def test_what_the_graph_stumbles_over_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"cs3darknet_s cannot be cut: .* coupled as no rule"):
+        refuse_uncuttable(random_network("cs3darknet_s"))

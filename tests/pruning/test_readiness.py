@@ -46,6 +46,7 @@ def test_the_sentence_says_what_limits_and_what_is_to_be_regained() -> None:
     for read in range(500, 1001):
         assert "there is slack" in readiness(model, AUTO, (read - 10) / 1000, read / 1000).sentence
     assert "train longer" in readiness(model, AUTO, 0.0, 0.0).sentence
+    assert "it reads 40.0%, the baseline 0.0%" in readiness(model, AUTO, 0.4, 0.0).sentence
 
 
 def test_a_branch_that_is_dead_as_a_whole_is_said_to_be() -> None:
