@@ -4,6 +4,7 @@
 
 Takes a params file whose sparse stage is in the cache, the ratio at which the channels are cut, and
 section.key=value for what shall differ from the file. The first line is the cut of channels alone.
+A head that would not become smaller has no figures.
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from benchmarks.cuts import lines_of
 from crnn.data.batches import Lines
 from crnn.devices import best_device
+from crnn.errors import SettingsError
 from crnn.evaluation import evaluate
 from flows.experiment import load_experiment
 from flows.preview import find_sparse
@@ -42,14 +44,20 @@ def main() -> None:
     train, val = lines_of(experiment)
     print(f"| {' | '.join(COLUMNS)} |", f"| :-- |{' --: |' * (len(COLUMNS) - 1)}", sep="\n")
     for cut in CUTS:
-        print(f"| {' | '.join(_cells(index, float(ratio), cut, train, val))} |", flush=True)
+        settings = PruneSettings.model_validate({**experiment.prune.model_dump(), **cut})
+        try:
+            cells = _cells(index, float(ratio), settings, train, val)
+        except SettingsError as error:
+            print(error, file=sys.stderr)
+            cells = ["-"] * (len(COLUMNS) - 1)
+        name = ", ".join(f"{name} {value:g}" for name, value in cut.items())
+        print(f"| {' | '.join([name, *cells])} |", flush=True)
 
 
 def _cells(
-    index: Path, ratio: float, cut: Mapping[str, float], train: Lines, val: Lines
+    index: Path, ratio: float, settings: PruneSettings, train: Lines, val: Lines
 ) -> list[str]:
-    """Settings of a cut, parameters of LSTM and head, word accuracy in both ways."""
-    settings = PruneSettings.model_validate(cut)
+    """Parameters of LSTM and head after a cut, and word accuracy in both ways."""
     checkpoint, masks = plan(index, ratio, settings)
     revive(checkpoint.model, masks)
     read = []
@@ -57,11 +65,7 @@ def _cells(
         model = slim(checkpoint.model, masks, settings, lines)
         read.append(f"{100 * evaluate(model.to(best_device()), val, set())[ACCURACY]:.1f}%")
     sizes = parameters(model)
-    return [
-        ", ".join(f"{name} {value:g}" for name, value in cut.items()),
-        *(f"{sizes[part] / 1e6:.3f} M" for part in ("lstm", "head")),
-        *read,
-    ]
+    return [*(f"{sizes[part] / 1e6:.3f} M" for part in ("lstm", "head")), *read]
 
 
 if __name__ == "__main__":

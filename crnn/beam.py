@@ -65,12 +65,18 @@ class NGram:
 
 
 class Lexicon:
-    """The texts that can be read, as the classes that may follow each beginning."""
+    """The texts that can be read, as the classes that may follow each beginning.
+
+    Attributes:
+        unreadable: Texts with characters that the charset lacks; the search never finds them.
+    """
 
     def __init__(self, texts: Iterable[str], charset: Charset) -> None:
         self._next: dict[tuple[int, ...], set[int]] = defaultdict(set)
+        self.unreadable: list[str] = []
         for text in texts:
             if charset.unknown(text):
+                self.unreadable.append(text)
                 continue
             symbols = charset.encode(text)
             for place, symbol in enumerate([*symbols, END]):

@@ -277,6 +277,13 @@ def _sealed(manifest: Manifest) -> bytes:
 
 def history(out: Path) -> list[dict[str, Any]]:
     """Records of the finished epochs of a training, in the folder of its files."""
-    if not (out / HISTORY).exists():
-        return []
-    return [json.loads(line) for line in (out / HISTORY).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in _recorded(out)]
+
+
+def finished_epochs(out: Path) -> int:
+    """How many epochs of a training are recorded, whatever their records say."""
+    return len(_recorded(out))
+
+
+def _recorded(out: Path) -> list[bytes]:
+    return (out / HISTORY).read_bytes().splitlines() if (out / HISTORY).exists() else []

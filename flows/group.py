@@ -23,7 +23,7 @@ import psutil
 
 from crnn.errors import SettingsError
 from crnn.files import write_atomic
-from flows.cache import SNAPSHOTS, STATE, history
+from flows.cache import SNAPSHOTS, STATE, finished_epochs
 from flows.definitions import VERSIONS
 
 Job = dict[str, Any]
@@ -98,7 +98,7 @@ def _lead(job: Job, file: str) -> None:
     _refuse_loopback(job["rendezvous"], own)
     _use_interface_of(own)
     out = Path(job["folder"]) / "out"
-    failures, seen = 0, len(history(out))
+    failures, seen = 0, finished_epochs(out)
     while True:
         announced = {**job, "launch": f"{job['launch']}-{time.time_ns()}"}
         store.set(ANNOUNCED, json.dumps({"job": announced, "program": program()}))
@@ -108,7 +108,7 @@ def _lead(job: Job, file: str) -> None:
         except SignalException:
             raise
         except Exception:
-            epochs = len(history(out))
+            epochs = finished_epochs(out)
             failures = 1 if epochs > seen else failures + 1
             seen = epochs
             if failures > RESTARTS:

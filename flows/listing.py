@@ -9,7 +9,7 @@ from typing import Any
 
 from crnn.errors import UserError
 from flows import project
-from flows.cache import history
+from flows.cache import finished_epochs
 from flows.locks import is_free
 from flows.rows import ACCURACY, Row
 
@@ -53,7 +53,7 @@ def _stage_under_way(path: Path) -> dict[str, Any]:
         "stage": job.get("label", job["stage"]),
         "key": path.parent.name,
         "state": "stopped" if is_free(path.parent.name) else "running",
-        "epochs": len(history(path.parent / "out")),
+        "epochs": finished_epochs(path.parent / "out"),
         "of": job["settings"].get("train", {}).get("epochs"),
         "since": _when(path),
     }

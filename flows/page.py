@@ -161,9 +161,8 @@ def _curves(rows: Sequence[Row], base: Path | None, sparse: Path | None) -> dict
     """Accuracy and loss after each epoch of every training, by what it is called."""
     folders = {"baseline": base, "sparse": sparse}
     for row in rows[1:]:
-        if "int8" not in row:
-            last = _folder(row, "qat") or _folder(row, row.get("control", "finetune"))
-            folders[row["point"]] = last
+        last = "qat" if "int8" in row else row.get("control", "finetune")
+        folders[row["point"]] = _folder(row, last)
     found = {}
     for name, folder in folders.items():
         if folder and (records := cache.history(folder)):

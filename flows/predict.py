@@ -12,7 +12,7 @@ from crnn.charset import Charset
 from crnn.data.images import decode, fit_line
 from crnn.errors import DataError
 from crnn.reading import Reader, load_exported, read_images
-from flows import project
+from flows import display, project
 from flows.cache import MODEL, ONNX
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -84,6 +84,12 @@ def _beam(decoding: Decoding, charset: Charset) -> BeamSearch | None:
         lexicon = Lexicon(_texts(decoding.lexicon), charset)
         if not len(lexicon):
             raise DataError(f"no text of {decoding.lexicon} is in the charset of the model")
+        if lost := lexicon.unreadable:
+            display.say(
+                f"{len(lost)} of {len(lost) + len(lexicon)} texts in {decoding.lexicon} have"
+                f" characters that the model does not read, such as {lost[0]!r}: no image is read"
+                " as one of them"
+            )
     if decoding.language:
         language = NGram(_texts(decoding.language), charset)
     width = decoding.beam or BeamSearch.width

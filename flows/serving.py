@@ -83,12 +83,13 @@ def _open(row: dict[str, Any]) -> Image.Image:
 
 
 def _bytes(text: str) -> bytes:
-    if len(text) > MAX_BYTES * 4 // 3:
-        raise DataError(f"an image file has at most {MAX_BYTES:,} bytes")
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(f"not base64 ({error})") from error
+    if len(data) > MAX_BYTES:
+        raise DataError(f"an image file has at most {MAX_BYTES:,} bytes")
+    return data
 
 
 def _bytes_of_file(path: str) -> bytes:

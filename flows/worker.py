@@ -83,14 +83,14 @@ def _silent(event: dict[str, Any]) -> None:
 
 def _compute(job: dict[str, Any], emit: Emit, folder: Path) -> dict[str, Any]:
     """Run the stage that the job names, in its work folder."""
-    from flows.cache import history
+    from crnn.distributed import rank
     from flows.stages.work import Work, run_timed
 
     work = Work(job, folder, folder / "out", emit)
     work.out.mkdir(exist_ok=True)
     for left_over in work.out.rglob(".*.tmp"):  # Of an attempt that was killed while it wrote.
         left_over.unlink()
-    before = sum(record["train/seconds"] for record in history(work.out))
+    before = 0.0 if rank() else work.seconds_before()
     return run_timed(work, stages()[job["stage"]], before)
 
 

@@ -132,11 +132,14 @@ def start(project: Project, options: dict[str, Any] | None = None) -> subprocess
 
 
 def workers_of(project: Project) -> dict[str, int]:
-    """Process of each stage that is being computed now, by stage."""
+    """Process of each stage that is being computed now, by stage; its loaders come after it."""
     found = subprocess.run(["pgrep", "-af", "flows.worker"], capture_output=True, text=True)
     place = re.escape(str(project.home / "work"))
     pattern = re.compile(rf"^(\d+) .*{place}/(\w+)-\w+/job.json$", re.M)
-    return {stage: int(pid) for pid, stage in pattern.findall(found.stdout)}
+    workers: dict[str, int] = {}
+    for pid, stage in pattern.findall(found.stdout):
+        workers.setdefault(stage, int(pid))
+    return workers
 
 
 def wait_for_stage(
@@ -211,14 +214,18 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
             reached, worker = found
             time.sleep(chance.uniform(0, 5 if reached in TRAINING else 2.5))
             killed = time.monotonic()
+            victim = chance.choice([process.pid, worker, *children_of(worker)])
             with suppress(ProcessLookupError):  # It ended by itself just now.
-                os.kill(chance.choice([process.pid, worker, *children_of(worker)]), signal.SIGKILL)
+                os.kill(victim, signal.SIGKILL)
             if process.wait(PATIENCE) == 0:
                 break
-            while workers_of(project):
+            while workers_of(project) and time.monotonic() - killed < PATIENCE:
                 time.sleep(0.05)
             outcome.tried += 1
-            outcome.longest = max(outcome.longest, time.monotonic() - killed)
+            seconds = time.monotonic() - killed
+            outcome.longest = max(outcome.longest, seconds)
+            orphaned = victim == process.pid and seconds >= 5
+            outcome.check(not orphaned, f"a stage outlived its pipeline by {seconds:.1f} s")
             say(f"kill {outcome.tried} in {reached}")
         finish(project, reference, outcome)
         shutil.rmtree(project.folder)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from crnn.charset import Charset
 from crnn.data.augment import augment
@@ -18,7 +18,7 @@ from crnn.data.images import BUCKET, fit_line, pad_lines
 from crnn.data.render import generator
 from crnn.data.sources import LabelFile, Source
 from crnn.distributed import own_share
-from crnn.errors import DataError
+from crnn.errors import DataError, SettingsError, UserError
 from crnn.settings import AugmentSettings, TrainSettings
 
 Sample = tuple[np.ndarray, str, int]
@@ -116,20 +116,29 @@ def pad(lines: Sequence[np.ndarray], width: int = 0) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _View(Dataset[Batch | DataError]):
+class _View(Dataset[Batch | UserError]):
     """Lines as one epoch sees them, a batch at a time."""
 
     lines: Lines
     change: AugmentSettings | None
     key: tuple[int, int]
 
-    def __getitem__(self, share: Share) -> Batch | DataError:
+    def __getitem__(self, share: Share) -> Batch | UserError:
         """The lines; or why they cannot be read, for the process that trains to raise."""
         try:
             samples = [self._read(int(self.lines.indices[p])) for p in share.positions]
         except DataError as error:
             return error
-        return self._collated(samples, share)
+        batch = self._collated(samples, share)
+        if get_worker_info():
+            try:
+                batch.images.share_memory_()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:  # In the thread that sends the batch it would go unheard.
+                return SettingsError(
+                    f"a loader process gets no shared memory ({error}); set"
+                    " execution.loader_workers: 0, or give it more (docker's --shm-size)"
+                )
+        return batch
 
     def _read(self, index: int) -> Sample:
         lines = self.lines
@@ -173,7 +182,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
-            if isinstance(batch, DataError):
+            if isinstance(batch, UserError):
                 raise batch
             yield batch
 

@@ -11,7 +11,7 @@ import weakref
 from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from io import BufferedReader
 from itertools import accumulate, chain
 from pathlib import Path
@@ -33,6 +33,9 @@ BLOCK = 1 << 24
 
 LINE = 512
 """Bytes that are read of a label file at once: more than most lines have."""
+
+LONGEST = 1 << 16
+"""Bytes of a line of a label file."""
 
 
 class Source(Protocol):
@@ -120,6 +123,8 @@ class LabelFile:
         line = b""
         while b"\n" not in line and (more := os.pread(self._file, LINE, start + len(line))):
             line += more
+            if len(line) > LONGEST:
+                raise DataError(f"line has no end within {LONGEST} bytes")
         line = line.partition(b"\n")[0]
         try:
             path, tab, label = line.decode("utf-8").rstrip("\r").partition("\t")
@@ -185,6 +190,7 @@ class Lmdb:
         self.path = path
         if not (path / "data.mdb").is_file():
             raise DataError(f"no LMDB at {path} (a folder with data.mdb); set data.root")
+        _close_outdated(path.resolve())
 
     @property
     def _environment(self) -> lmdb.Environment:
@@ -223,9 +229,12 @@ class Lmdb:
 
     def label(self, index: int) -> str:
         try:
-            return self._get(f"label-{index + 1:09d}").decode("utf-8")
+            label = self._get(f"label-{index + 1:09d}").decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError("label is not UTF-8") from error
+        if any(mark in label for mark in "\t\r\n"):
+            raise DataError(f"label {label[:40]!r} has a tab or the end of a line")
+        return label
 
     def image(self, index: int) -> Image.Image:
         return decode(self._get(self.name(index)))
@@ -245,7 +254,7 @@ class Lmdb:
 class Shards:
     """A folder of LMDBs, one after another in the order of their names.
 
-    Each has a fingerprint of its own: those that have not changed are not read again.
+    Each has a fingerprint of its own: those that have not changed are not hashed again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -336,9 +345,23 @@ def open_source(settings: DataSettings, split: str, seed: int) -> Dataset | Shar
     return LabelFile(root / place, root, settings.allow_outside_root)
 
 
-@cache
+_environments: dict[Path, tuple[str, lmdb.Environment]] = {}
+"""LMDB allows one a folder and process, whoever asks for it. With the stamp of its file."""
+
+
 def _opened(path: Path) -> lmdb.Environment:
-    """LMDB allows one environment a folder and process, whoever asks for it."""
+    if path not in _environments:
+        _environments[path] = (_stamp([path / "data.mdb"]), _open(path))
+    return _environments[path][1]
+
+
+def _close_outdated(path: Path) -> None:
+    """Close an LMDB that has been replaced or has grown since this process opened it."""
+    if path in _environments and _environments[path][0] != _stamp([path / "data.mdb"]):
+        _environments.pop(path)[1].close()
+
+
+def _open(path: Path) -> lmdb.Environment:
     try:
         opened = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from crnn.charset import Charset
 from crnn.data.check import Checked, check_splits, refuse_bad, refuse_empty
@@ -36,17 +36,14 @@ def data(work: Work) -> Outcome:
         "images": work.settings["images"],
         "max_width": work.data.max_width,
     }
-    save_file(
-        {
-            "train_indices": train.indices,
-            "train_widths": train.widths,
-            "val_indices": val.indices,
-            "val_widths": val.widths,
-            "val_unseen": val.indices[new],
-        },
-        work.out / LINES,
-        {READING: json.dumps(reading)},
-    )
+    tensors = {
+        "train_indices": train.indices,
+        "train_widths": train.widths,
+        "val_indices": val.indices,
+        "val_widths": val.widths,
+        "val_unseen": val.indices[new],
+    }
+    write_atomic(work.out / LINES, save(tensors, {READING: json.dumps(reading)}))
     return LINES, {
         "data/train_samples": float(len(train.indices)),
         "data/val_samples": float(len(val.indices)),

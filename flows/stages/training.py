@@ -12,13 +12,12 @@ import torch
 from crnn.checkpoint import load_checkpoint, load_run, save_run
 from crnn.devices import best_device
 from crnn.distributed import rank
-from crnn.errors import CheckpointError, PassingError
+from crnn.errors import CheckpointError
 from crnn.evaluation import evaluate
 from crnn.files import write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import BaselineSettings, ModelSettings, TrainSettings
 from crnn.training import Penalty, Run, Teacher, fit, recalibrate, start
-from flows import project
 from flows.cache import GAMMAS, HISTORY, MODEL, STATE, history
 from flows.stages.work import Outcome, Work, proven
 from pruning.cost import COSTS, out_of_reach
@@ -197,10 +196,7 @@ def _run(work: Work, model: Recogniser, settings: TrainSettings) -> Run:
         except CheckpointError as error:
             if rank():
                 raise  # It read a copy; the first process says so of the state itself.
-            aside = project.set_aside(work.folder)
-            raise PassingError(
-                f"{error}; set aside as {aside}, run again to start this stage anew"
-            ) from error
+            raise work.anew(str(error)) from error
     return start(model, settings, work.seed)
 
 

@@ -28,7 +28,7 @@ from crnn.files import sha256, write_atomic
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import DataSettings
 from flows import project
-from flows.cache import SUMMARY
+from flows.cache import HISTORY, SUMMARY, history
 from pruning.cost import LINE_WIDTH
 
 Event = dict[str, Any]
@@ -122,6 +122,22 @@ class Work:
     def checkpoint(self, model: Recogniser, stage: str) -> Checkpoint:
         """A network with the charset and geometry of the data, as a stage would save it."""
         return Checkpoint(model, *self._reading(), stage)
+
+    def seconds_before(self) -> float:
+        """What the epochs took that earlier attempts finished.
+
+        Raises:
+            PassingError: Their records are damaged; all they left is set aside.
+        """
+        try:
+            return sum(float(record["train/seconds"]) for record in history(self.out))
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.anew(f"{self.out / HISTORY} is damaged ({error})") from error
+
+    def anew(self, reason: str) -> PassingError:
+        """Set aside what earlier attempts left, and say so."""
+        aside = project.set_aside(self.folder)
+        return PassingError(f"{reason}; set aside as {aside}, run again to start this stage anew")
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of the finished stage."""

@@ -1,3 +1,4 @@
+import resource
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from crnn.charset import Charset
 from crnn.data import batches as batches_module
 from crnn.data.batches import BUCKET, Lines, evaluation_batches, normalise, pad, training_batches
 from crnn.data.sources import LabelFile
-from crnn.errors import DataError
+from crnn.errors import DataError, SettingsError
 from crnn.settings import AugmentSettings, TrainSettings
 from tests.conftest import CORES, on_cores
 
@@ -130,3 +131,15 @@ def test_a_sample_of_lines_is_spread_over_them(lines: Lines) -> None:
 def test_augmentation_probabilities_are_shares(probability: float) -> None:
     with pytest.raises(ValueError, match="jpeg"):
         AugmentSettings(jpeg=probability)
+
+
+@on_one_core_too
+def test_a_loader_without_shared_memory_is_one_sentence_and_no_endless_wait(lines: Lines) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with on_cores(CORES):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))
+        try:
+            with pytest.raises(SettingsError, match=r"no shared memory .*loader_workers: 0"):
+                list(evaluation_batches(replace(lines, workers=1)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -87,9 +87,10 @@ ZERO_WIDTH = png_of_width(0)
         (ZERO_WIDTH, "not a readable image|damaged"),
         (encoded(grey_ramp(), "JPEG")[:200], "damaged|not a readable"),
         (encoded(Image.new("1", (40_000, 40_000))), "too large|not a readable"),
+        (encoded(Image.new("1", (8_001, 8_000))), "too large"),
         (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "finite"),
     ],
-    ids=["empty", "text", "zero width", "truncated", "bomb", "not a number"],
+    ids=["empty", "text", "zero width", "truncated", "bomb", "too large", "not a number"],
 )
 def test_what_is_no_line_image_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -1,5 +1,7 @@
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import lmdb
@@ -80,7 +82,8 @@ def test_a_label_file_that_shrinks_under_a_reader_kills_nobody(tmp_path: Path) -
         (b"a\0.png\tx", "NUL byte"),
         (b"a.png\tx\t0.98", r"more than path and label: 'x\\t0.98' has a tab or a CR"),
         (b"a.png\tx\rb.png\ty", "has a tab or a CR"),
-        (b"x" * 10_000_000, "no tab"),
+        (b"x" * 1000, "no tab"),
+        (b"x" * 10_000_000, "no end within 65536 bytes"),
         (b"gone.png\tx", "cannot read image file"),
     ],
 )
@@ -123,6 +126,34 @@ def test_lmdb_faults_are_named(label_folder: Path, tmp_path: Path) -> None:
         Lmdb(tmp_path)
     with pytest.raises(DataError, match="num-samples"):
         len(Lmdb(write_lmdb(tmp_path / "none", label_folder, count="many")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mark", ["\n", "\r", "\t"])
+def test_a_label_of_an_lmdb_is_one_line(label_folder: Path, tmp_path: Path, mark: str) -> None:
+    folder = write_lmdb(tmp_path / "db", label_folder)
+    with lmdb.open(str(folder)) as environment, environment.begin(write=True) as t:
+        t.put(b"label-000000001", f"12{mark}".encode())
+    with pytest.raises(DataError, match="has a tab or the end of a line"):
+        Lmdb(folder).label(0)
+
+
+def test_an_lmdb_that_has_been_replaced_or_has_grown_is_opened_anew(
+    label_folder: Path, tmp_path: Path
+) -> None:
+    folder = write_lmdb(tmp_path / "db", label_folder)
+    assert len(Lmdb(folder)) == 8
+    other = write_lmdb(tmp_path / "other", label_folder, count=7)
+    (other / "data.mdb").replace(folder / "data.mdb")
+    assert len(Lmdb(folder)) == 7
+    grow = f"""
+import lmdb
+with lmdb.open({str(folder)!r}, map_size=1 << 26) as environment:
+    with environment.begin(write=True) as t:
+        t.put(b"more", bytes(1 << 25))
+        t.put(b"num-samples", b"6")
+"""
+    subprocess.run([sys.executable, "-c", grow], check=True)
+    assert len(Lmdb(folder)) == 6
 
 
 def test_a_truncated_lmdb_is_refused_before_it_kills_the_process(

@@ -210,7 +210,7 @@ def test_a_sweep_of_other_lines_has_them_read_by_the_champion(
     other = ["--ratios", "0.6", "--set", "quantize=null", "--set", "data.val=12"]
     result = project.frontier(*other)
     assert "judge int8 finetune 0.6" in result["computed"]
-    assert "other lines" not in result["champion"]
+    assert result["champion"].startswith("version 1 of tiny stays champion: it has")
     client = client_of(project)
     first = client.get_model_version("tiny", "1")
     client.set_registered_model_alias("tiny", "champion", "1")
@@ -331,6 +331,7 @@ def test_the_champion_serves_and_survives_bad_requests(exported: Exported, tmp_p
         refusals = {
             "at most 1000 images": [{"image": encoded[:8]}] * 1001,
             "at most 20,000,000 bytes": [{"image": "A" * 26_666_668}],
+            "not a readable image": [{"image": "A" * 26_666_666 + "=="}],
             "not base64": [{"image": "no base64!"}],
             "cannot be read": [{"image": base64.b64encode(b"no image").decode()}],
             "either image or path": [{"image": encoded, "path": str(image)}],

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 from PIL import Image
 
 from crnn.checkpoint import load_checkpoint
@@ -20,6 +21,7 @@ from flows.cli import _print_table
 from flows.servers import free_port
 from pruning.gammas import absolute_gammas
 from tests.flows.conftest import Project, copy_of, new_project, runs_of, wait_for
+from tests.flows.test_servers import reachable_from_outside
 
 Finished = tuple[Project, dict[str, Any]]
 
@@ -263,11 +265,12 @@ def test_predict_searches_as_it_is_told_to(
     model = str(project.home / result["rows"][0]["checkpoint"])
     (pictures / "broken.png").unlink()
     files = {name: tmp_path / name for name in ("words", "sevens", "ones")}
-    for name, content in (("words", "7\n1\n"), ("sevens", "777\n" * 9), ("ones", "111\n" * 9)):
+    for name, content in (("words", "7\n1\nx1\n"), ("sevens", "777\n" * 9), ("ones", "111\n" * 9)):
         files[name].write_text(content)
 
     def texts(*arguments: object) -> list[str]:
         run = project.run("predict", model, str(pictures), "--json", *map(str, arguments))
+        assert ("1 of 3 texts in" in run.stderr) == ("--lexicon" in arguments)
         return [reading["text"] for reading in json.loads(run.stdout)["readings"]]
 
     words = ("--lexicon", files["words"])
@@ -413,6 +416,9 @@ def test_ui_serves_the_project_s_runs_on_this_machine_alone(
         try:
             page = wait_for(f"http://127.0.0.1:{unused_port}/")
             assert b"MLflow" in page
+            client = MlflowClient(f"http://127.0.0.1:{unused_port}")
+            assert client.get_experiment_by_name("tiny") is not None
+            assert not reachable_from_outside(unused_port)
             taken = project.run("ui", "--port", str(unused_port), code=2)
             assert f"port {unused_port} is taken" in only_line(taken)
         finally:

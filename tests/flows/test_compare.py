@@ -13,7 +13,7 @@ from flows import project
 from flows.compare import compare
 from flows.comparison import comparisons, remarks
 from flows.listing import folder_of, sweeps
-from flows.report import subject, table_cells
+from flows.report import axes_of, subject, table_cells
 from tests.flows.conftest import TINY
 from tests.flows.test_report import row
 
@@ -62,7 +62,9 @@ def test_sweeps_with_and_without_exports_compare_by_what_both_have() -> None:
         (path,) = (project.reports_folder() / name).glob("*/frontier.json")
         rows = [{n: v for n, v in r.items() if n != missing} for r in json.loads(path.read_text())]
         path.write_text(json.dumps(rows))
-    _, folder = compare(["tiny", "other"])
+    rows, folder = compare(["tiny", "other"])
+    shared = {"cost/params_total", "cost/bytes", "cost/macs"}
+    assert set(axes_of(rows)) == shared
     assert (folder / "frontier.png").stat().st_size > 10_000
 
 

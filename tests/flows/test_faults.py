@@ -14,7 +14,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 
 from crnn.errors import PassingError
 from crnn.files import sha256, write_atomic
-from flows.cache import Stage
+from flows.cache import HISTORY, STATE, Stage
 from flows.cli import _explain
 from flows.definitions import checkpoint_of
 from flows.experiment import Experiment
@@ -96,18 +96,19 @@ def test_no_permission_is_said_and_nothing_is_lost(finished: Finished, tmp_path:
     assert {path.name for path in stages.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", [STATE, f"out/{HISTORY}"])
 def test_a_resume_state_that_cannot_be_used_is_set_aside(
-    finished: Finished, tmp_path: Path
+    finished: Finished, tmp_path: Path, name: str
 ) -> None:
     project = copy_of(finished, tmp_path / "copy")
     key = project.manifests()["finetune 0.6"]["key"]
     shutil.rmtree(project.home / "stages" / key)
     work = project.home / "work" / key
-    work.mkdir(parents=True)
-    (work / "state.safetensors").write_bytes(b"damaged")
+    (work / "out").mkdir(parents=True)
+    (work / name).write_bytes(b"damaged")
     failed = project.run("frontier", str(project.params), code=2)
     assert "run again to start this stage anew" in failed.stderr.splitlines()[-1]
-    assert list((project.home / "set-aside").glob(f"{key}-*/state.safetensors"))
+    assert list((project.home / "set-aside").glob(f"{key}-*/{name}"))
     assert project.frontier()["computed"] == ["finetune 0.6"]
 
 

@@ -42,7 +42,7 @@ def test_what_a_sweep_refers_to_stays_until_its_run_is_deleted(
     other = project.frontier("--ratios", "0.45")
     only_its_own = stages(project) - before
     assert len(only_its_own) == 4
-    assert "0 folders" in project.run("gc", "--older-than", "0", "--yes").stdout
+    assert "\n0 folders" in "\n" + project.run("gc", "--older-than", "0", "--yes").stdout
     assert stages(project) == before | only_its_own
 
     client = client_of(project)
@@ -54,7 +54,7 @@ def test_what_a_sweep_refers_to_stays_until_its_run_is_deleted(
     kinds = {key.split("-")[0] for key in only_its_own if key in shown}
     assert kinds == {"measure", "latency"}
     client.delete_model_version("kept", version.version)
-    assert "0 folders" in project.run("gc", "--yes").stdout, "it is not a week old"
+    assert "\n0 folders" in "\n" + project.run("gc", "--yes").stdout, "it is not a week old"
     shown = project.run("gc", "--older-than", "0").stdout
     assert "nothing was removed" in shown
     assert {key for key in before | only_its_own if key in shown} == only_its_own
@@ -74,7 +74,7 @@ def test_a_sweep_that_was_deleted_and_recorded_again_stays(
     again = project.frontier()
     assert again["computed"] == []
     assert again["sweep_run"] != finished[1]["sweep_run"]
-    assert "0 folders" in project.run("gc", "--older-than", "0", "--yes").stdout
+    assert "\n0 folders" in "\n" + project.run("gc", "--older-than", "0", "--yes").stdout
     assert stages(project) == before
 
 
@@ -91,7 +91,7 @@ def test_a_registered_model_whose_run_was_purged_is_no_outage(
     purge = [sys.executable, "-m", "mlflow", "gc", "--run-ids", tuned]
     environment = {**os.environ, **store}
     subprocess.run(purge, env=environment, check=True, capture_output=True)
-    assert "0 folders" in project.run("gc", "--older-than", "0").stdout
+    assert "\n0 folders" in "\n" + project.run("gc", "--older-than", "0").stdout
 
 
 def test_what_a_running_stage_starts_from_stays(finished: Finished, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ import pytest
 import torch
 
 from crnn.checkpoint import load_checkpoint
-from flows.cache import HISTORY, MODEL
+from flows.cache import HISTORY, MANIFEST, MODEL, _parsed, _sealed
 from flows.rows import Variant, _cut_figures
 from flows.stages.quantize import _within_budget, points_lost, qat
 from tests.flows.commands import PATIENCE
-from tests.flows.conftest import Project, points_of, work_of
+from tests.flows.conftest import Project, copy_of, points_of, work_of
 from tests.flows.test_controls import PRUNED
 
 TRAINING = {"epochs": 2, "batch_size": 16, "learning_rate": 2e-4}
@@ -98,6 +99,27 @@ def test_a_network_is_trained_on_for_8_bits(exported: Exported, tmp_path: Path) 
     after = load_checkpoint(work.out / result).model.state_dict()
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
     assert not torch.equal(before["cnn.0.weight"], after["cnn.0.weight"])
+
+
+def test_where_layers_stay_in_float_a_network_trained_for_8_bits_is_a_point_more(
+    exported: Exported, tmp_path: Path
+) -> None:
+    project = copy_of(exported, tmp_path / "copy")
+    key = project.manifests()["int8 finetune 0.3"]["key"]
+    written = project.home / "stages" / key / MANIFEST
+    manifest = _parsed(written.read_bytes(), key)
+    manifest.metrics["quantize/layers_in_float"] = 1.0
+    written.write_bytes(_sealed(manifest))
+    found = project.frontier("--ratios", "0.3", "--set", "quantize.epochs=1")
+    assert "qat finetune 0.3" in found["computed"]
+    rows = {row["point"]: row for row in found["rows"]}
+    assert list(rows) == ["baseline", "baseline int8", "0.3", "0.3 int8", "0.3 qat int8"]
+    trained = rows["0.3 qat int8"]["stages"]
+    assert trained["finetune"] == rows["0.3"]["stages"]["finetune"]
+    assert trained["int8"] != rows["0.3 int8"]["stages"]["int8"]
+    page = (Path(found["report"]) / "report.html").read_text()
+    (content,) = re.findall(r'<script id="data"[^>]*>(.*?)</script>', page, re.S)
+    assert len(json.loads(content)["curves"]["0.3 qat int8"]["accuracy"]) == 1
 
 
 def test_two_processes_train_for_8_bits_as_one_does(exported: Exported, tmp_path: Path) -> None:

@@ -225,6 +225,7 @@ def test_a_pipeline_stopped_in_every_way_ends_in_the_same_bits(
         workers = children_of(process.pid)
         assert workers
         # No stage waits until MLflow has its run.
+        wait_until(lambda: client_of(project).get_experiment_by_name("stopped") is not None)
         wait_until(lambda: "sparse" in runs_of(project, "stage", "stopped"))
         stop(process)
         # Tests run beside this one; what is promised, five seconds, the torture holds it to.

@@ -105,9 +105,10 @@ def before_sparse(finished: Project, folder: Path) -> Project:
 
 
 def begun(project: Project) -> subprocess.Popen[str]:
-    """A pipeline as soon as an epoch of its sparse stage is done."""
+    """A pipeline as soon as an epoch of its sparse stage is done; it says into log.txt."""
     command = project.command("frontier", str(project.params))
-    running = subprocess.Popen(command, **project.options())
+    with (project.folder / "log.txt").open("w") as log:
+        running = subprocess.Popen(command, stderr=log, **project.options())
     wait_for_epoch(running, project.home)
     return running
 
@@ -119,6 +120,7 @@ def test_a_process_that_is_killed_costs_nothing(
     running = begun(project)
     os.kill(ranks(project)[-1], signal.SIGKILL)
     assert running.wait(PATIENCE) == 0
+    assert "sparse: goes on after epoch" in (project.folder / "log.txt").read_text()
     found, expected = (p.manifests()["sparse"]["files"] for p in (project, both[1]))
     assert found["model.safetensors"] == expected["model.safetensors"]
     assert found["history.jsonl"] != expected["history.jsonl"], "seconds differ"
@@ -134,7 +136,7 @@ def test_one_process_finishes_what_two_began(both: tuple[Project, Project], tmp_
     assert "sparse: goes on after epoch" in alone.stderr
     losses = [[epoch["train/loss"] for epoch in histories(p)["sparse"]] for p in (project, both[1])]
     assert losses[0][0] == losses[1][0], "an epoch of the two"
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2), "as in assert_trained_alike"
 
 
 def two_machines(folder: Path) -> tuple[Project, Project]:
@@ -169,6 +171,7 @@ def test_two_machines_train_as_one_does(both: tuple[Project, Project], tmp_path:
     assert lost.returncode == -signal.SIGKILL
     assert "sparse: on 2 processes" in logs[0].read_text()
     assert back.returncode == 0
+    assert "on 2 processes" in logs[1].read_text(), "it trained along once more"
     assert "the others go on" in logs[1].read_text()
     found, expected = histories(first), histories(both[0])
     assert_trained_alike(found, expected)

@@ -128,7 +128,7 @@ def test_a_row_is_the_mean_of_what_each_seed_gives_alone(
 
 def test_points_of_several_seeds_lead_to_the_stages_of_all(seeded: Finished) -> None:
     project, result = seeded
-    assert "0 folders" in project.run("gc", "--older-than", "0").stdout
+    assert "\n0 folders" in "\n" + project.run("gc", "--older-than", "0").stdout
     point, stages = points_of(project, result["sweep_run"])["0.6"].data, runs_of(project, "stage")
     assert point.tags["finetune_seed_0_run"] == stages["finetune 0.6"].info.run_id
     assert point.tags["finetune_seed_1_run"] == stages["finetune 0.6 seed 1"].info.run_id
