@@ -74,7 +74,7 @@ def write_report(
     rows: Sequence[Row],
     details_of: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Write frontier.csv, .md, .json, .png and report.html; where they show these rows, say when.
+    """Write frontier.csv, .md, .json, .png and report.html; those that show these rows stay.
 
     Args:
         folder: Where to.
@@ -84,15 +84,19 @@ def write_report(
     """
     data = json.dumps(rows, indent=1).encode()
     target = folder / ROWS
-    if target.exists() and target.read_bytes() == data:
-        os.utime(folder)  # The newest sweep is the one that was asked for last.
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "frontier.csv", _csv(rows))
-    write_atomic(folder / "frontier.md", _markdown(rows))
-    write_atomic(folder / "frontier.png", _png(title, rows))
-    write_atomic(folder / "report.html", _page(title, rows, details_of()))
-    write_atomic(target, data)
+    shown: dict[str, Callable[[], bytes]] = {
+        "frontier.csv": lambda: _csv(rows),
+        "frontier.md": lambda: _markdown(rows),
+        "frontier.png": lambda: _png(title, rows),
+        "report.html": lambda: _page(title, rows, details_of()),
+    }
+    same = target.exists() and target.read_bytes() == data
+    for name, content in shown.items():
+        if not (same and (folder / name).exists()):
+            write_atomic(folder / name, content())
+    if not same:
+        write_atomic(target, data)
+    os.utime(folder)  # The newest sweep is the one that was asked for last.
 
 
 def _csv(rows: Sequence[Row]) -> bytes:

@@ -48,6 +48,11 @@ def test_a_report_is_not_drawn_twice(tmp_path: Path) -> None:
     assert set(first) == {*names, "report.html"}
     write_report(tmp_path, "title", rows)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == first
+    (tmp_path / "report.html").unlink()
+    write_report(tmp_path, "title", rows)
+    again = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {name for name in names if again[name] == first[name]} == names
+    assert "report.html" in again, "what was deleted is drawn once more"
     write_report(tmp_path, "title", rows[:1])
     assert (tmp_path / "frontier.csv").read_text().count("\n") == 2
 
