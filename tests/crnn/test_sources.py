@@ -15,15 +15,15 @@ from crnn.errors import DataError
 from crnn.settings import DataSettings, TextSettings
 
 
-def write_lmdb(folder: Path, root: Path, count: int = 8) -> Path:
-    """The val split of a label folder as an LMDB."""
-    labels = LabelFile(root / "val.txt", root)
+def write_lmdb(folder: Path, root: Path, count: int | None = None, split: str = "val") -> Path:
+    """A split of a label folder as an LMDB, which says that it has so many samples."""
+    labels = LabelFile(root / f"{split}.txt", root)
     folder.mkdir(parents=True, exist_ok=True)
     with (
         lmdb.open(str(folder), map_size=1 << 24) as environment,
         environment.begin(write=True) as t,
     ):
-        t.put(b"num-samples", str(count).encode())
+        t.put(b"num-samples", str(count or len(labels)).encode())
         for index in range(len(labels)):
             t.put(f"image-{index + 1:09d}".encode(), (root / labels.name(index)).read_bytes())
             t.put(f"label-{index + 1:09d}".encode(), labels.label(index).encode())

@@ -8,7 +8,7 @@ from crnn.errors import StoppedError
 from flows import definitions
 from flows.experiment import load_experiment
 from tests.crnn.test_sources import write_lmdb
-from tests.flows.conftest import new_project
+from tests.flows.conftest import TINY, new_project
 
 
 def test_of_a_set_in_shards_what_has_changed_is_read_alone(
@@ -50,3 +50,21 @@ def test_the_first_look_at_the_samples_can_be_stopped(
     monkeypatch.setenv("CRNN_SLIM_HOME", str(project.home))
     with pytest.raises(StoppedError, match="stopped while the data was read"):
         definitions.data_stage(load_experiment(project.params), lambda: True)
+
+
+def test_lmdbs_train_as_the_label_files_they_were_made_from(
+    label_folder: Path, tmp_path: Path
+) -> None:
+    data = {**TINY["data"], "root": str(label_folder)}
+    for split in ("train", "val"):
+        write_lmdb(label_folder / split / "shard", label_folder, split=split)
+    places = {"file": ("train.txt", "val.txt"), "shards": ("train", "val/shard")}
+    trained = []
+    for name, (train, val) in places.items():
+        split = {**data, "train": train, "val": val}
+        changes = {"ratios": [0.6], "execution": {"loader_workers": 1}}
+        project = new_project(tmp_path / name, data=split, **changes)
+        project.frontier()
+        files = [project.manifests()[label]["files"] for label in ("sparse", "finetune 0.6")]
+        trained.append([of["model.safetensors"]["sha256"] for of in files])
+    assert trained[0] == trained[1]
