@@ -1,5 +1,6 @@
 """Reading images with a checkpoint or an export, which needs no torch."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from crnn.charset import Charset
 from crnn.data.images import decode, fit_line
 from crnn.errors import DataError
 from crnn.reading import Reader, load_exported, read_images
-from flows import display, project
+from flows import project
 from flows.cache import MODEL, ONNX
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -85,10 +86,10 @@ def _beam(decoding: Decoding, charset: Charset) -> BeamSearch | None:
         if not len(lexicon):
             raise DataError(f"no text of {decoding.lexicon} is in the charset of the model")
         if lost := lexicon.unreadable:
-            display.say(
+            sys.stderr.write(
                 f"{len(lost)} of {len(lost) + len(lexicon)} texts in {decoding.lexicon} have"
                 f" characters that the model does not read, such as {lost[0]!r}: no image is read"
-                " as one of them"
+                " as one of them\n"
             )
     if decoding.language:
         language = NGram(_texts(decoding.language), charset)

@@ -28,10 +28,9 @@ from flows.report import readiness_picture
 from flows.rows import ACCURACY
 from flows.stages.training import (
     initial_model,
-    refuse_impossible_cuts,
+    look_ahead,
     teacher_of,
     train,
-    warn_beyond_auto,
 )
 from flows.stages.work import Outcome, Work, proven
 from pruning.coupling import groups_of
@@ -56,8 +55,7 @@ def sparse(work: Work) -> Outcome:
     given = load_checkpoint(work.input("baseline")).model if settings.from_baseline else None
     model = copy.deepcopy(given) if given else initial_model(work, work.settings["model"])
     if rank() == 0:
-        refuse_impossible_cuts(work, model)
-        warn_beyond_auto(work, model)
+        look_ahead(work, model)
     look = _snapshots(work) if settings.method == "auto" and rank() == 0 else None
     teacher = teacher_of(work, settings.distill)
     run, metrics = train(work, model, settings, penalty_of(settings), look, teacher)

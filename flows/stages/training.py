@@ -38,8 +38,7 @@ def baseline(work: Work) -> Outcome:
     if rank() == 0:  # The others may be on a busier machine, without the checkpoint.
         to_cut = work.job["to_cut"]
         cut = initial_model(work, to_cut) if to_cut else model
-        refuse_impossible_cuts(work, cut)
-        warn_beyond_auto(work, cut)
+        look_ahead(work, cut)
     work.write_summary(model)
     settings = BaselineSettings.model_validate({**work.settings["train"], "checkpoint": given})
     teacher = teacher_of(work, settings.distill or 0)
@@ -97,8 +96,19 @@ def _first_difference(given: str, wanted: str) -> str:
     return f"its character {place + 1} is {given[place]!r}, that of the data {wanted[place]!r}"
 
 
-def warn_beyond_auto(work: Work, model: Recogniser) -> None:
-    """Before hours of training: say that `auto` will stay below sparse.target_ratio, if it will."""
+def look_ahead(work: Work, model: Recogniser) -> None:
+    """Before hours of training: say what the sparse stage and the cuts will not reach.
+
+    Raises:
+        SettingsError: A network that cannot be cut, or a cut, ratio, rank or target that cannot be.
+    """
+    refuse_uncuttable(model)
+    _warn_beyond_auto(work, model)
+    _refuse_impossible_cuts(work, model)
+
+
+def _warn_beyond_auto(work: Work, model: Recogniser) -> None:
+    """Say that `auto` will stay below sparse.target_ratio, if it will."""
     sparse = SparseSettings.model_validate(work.job["sparse"])
     reached = largest_target(model, sparse)
     if sparse.method == "auto" and sparse.target_ratio > reached:
@@ -113,8 +123,8 @@ def warn_beyond_auto(work: Work, model: Recogniser) -> None:
         work.emit({"event": "notice", "message": message})
 
 
-def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
-    """Before hours of training: try the deepest cut, and the targets, on the network as it is.
+def _refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
+    """Try the deepest cut, and the targets, on the network as it is.
 
     Branches that may go count with their floors: whether they die is not known before.
 
@@ -122,7 +132,6 @@ def refuse_impossible_cuts(work: Work, model: Recogniser) -> None:
         SettingsError: A cut, ratio or rank that cannot be, or a target out of reach.
     """
     settings = PruneSettings.model_validate(work.job["prune"])
-    refuse_uncuttable(model)
     gammas = absolute_gammas(model)
     slim(model, keep_masks(gammas, max(work.job["ratios"], default=0), settings), settings)
     if wishes := settings.targets.wishes():
