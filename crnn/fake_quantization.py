@@ -96,14 +96,11 @@ class _RoundedBlock(nn.Module):
         return F.conv2d(given, kernel, bias, shaped.stride, shaped.padding, groups=shaped.groups)
 
 
-def _rounded(layer: nn.Module) -> type[nn.Module] | None:
-    """The class that makes a layer round, by the rule of its kind; None for one that does not."""
+def _rounded(layer: nn.Module) -> type[nn.Module]:
+    """The class that makes a convolution or linear layer round, by the rule of its kind."""
     kind = type(layer)
-    if isinstance(layer, nn.Conv2d):
-        return type(kind.__name__, (_RoundedConv2d, kind), {})
-    if isinstance(layer, nn.Linear):
-        return type(kind.__name__, (_RoundedLinear, kind), {})
-    return None
+    rule = _RoundedConv2d if isinstance(layer, nn.Conv2d) else _RoundedLinear
+    return type(kind.__name__, (rule, kind), {})
 
 
 @contextmanager
@@ -115,9 +112,10 @@ def fake_quantized(model: Recogniser) -> Iterator[None]:
     """
     blocks = blocks_of(model)
     folded = {layer for block, _ in blocks for layer in block.modules()}
-    exact = {layer: type(layer) for layer in model.modules() if layer not in folded}
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    exact = {layer: type(layer) for layer in layers if layer not in folded}
     for layer in exact:
-        layer.__class__ = _rounded(layer) or type(layer)
+        layer.__class__ = _rounded(layer)
     for block, shaped in blocks:
         block.reparam_conv = _RoundedBlock(block, shaped)
     try:

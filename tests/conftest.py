@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from zlib import crc32
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -20,9 +19,6 @@ from crnn.data.sources import Rendered
 from crnn.networks.heads import HeadWithRows, two_layer_head
 from crnn.networks.recogniser import Recogniser
 from crnn.settings import ModelSettings, TextSettings
-
-hypothesis.settings.register_profile("beside others", deadline=None)
-hypothesis.settings.load_profile("beside others")  # A core shared with trainings is slow at times.
 
 DIGITS = TextSettings(alphabet="0123456789", min_length=1, max_length=4)
 

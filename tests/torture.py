@@ -219,7 +219,7 @@ def kills(folder: Path, reference: Project, chance: random.Random) -> Outcome:
                 os.kill(victim, signal.SIGKILL)
             if process.wait(PATIENCE) == 0:
                 break
-            while workers_of(project) and time.monotonic() - killed < PATIENCE:
+            while workers_of(project):
                 time.sleep(0.05)
             outcome.tried += 1
             seconds = time.monotonic() - killed

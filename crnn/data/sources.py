@@ -32,10 +32,7 @@ BLOCK = 1 << 24
 """Bytes of a label file or an LMDB that are looked through at once."""
 
 LINE = 512
-"""Bytes that are read of a label file at once: more than most lines have."""
-
-LONGEST = 1 << 16
-"""Bytes of a line of a label file."""
+"""Bytes that are read of a label file first: more than most lines have."""
 
 
 class Source(Protocol):
@@ -121,10 +118,8 @@ class LabelFile:
             raise DataError(f"{self.path} has fewer lines than it had")
         start = int(self._starts[index])
         line = b""
-        while b"\n" not in line and (more := os.pread(self._file, LINE, start + len(line))):
+        while b"\n" not in line and (more := self._after(start, len(line))):
             line += more
-            if len(line) > LONGEST:
-                raise DataError(f"line has no end within {LONGEST} bytes")
         line = line.partition(b"\n")[0]
         try:
             path, tab, label = line.decode("utf-8").rstrip("\r").partition("\t")
@@ -135,6 +130,10 @@ class LabelFile:
         if "\t" in label or "\r" in label:
             raise DataError(f"line has more than path and label: {label[:40]!r} has a tab or a CR")
         return path, label
+
+    def _after(self, start: int, read: int) -> bytes:
+        """What follows in a line, as much again: a line without end is not read 512 at a time."""
+        return os.pread(self._file, max(LINE, read), start + read)
 
     def name(self, index: int) -> str:
         try:

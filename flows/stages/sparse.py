@@ -26,12 +26,7 @@ from crnn.training import Run
 from flows.cache import MODEL, READINESS, SNAPSHOTS, history
 from flows.report import readiness_picture
 from flows.rows import ACCURACY
-from flows.stages.training import (
-    initial_model,
-    look_ahead,
-    teacher_of,
-    train,
-)
+from flows.stages.training import initial_model, look_ahead, teacher_of, train
 from flows.stages.work import Outcome, Work, proven
 from pruning.coupling import groups_of
 from pruning.gammas import absolute_gammas, widths

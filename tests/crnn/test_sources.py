@@ -82,8 +82,7 @@ def test_a_label_file_that_shrinks_under_a_reader_kills_nobody(tmp_path: Path) -
         (b"a\0.png\tx", "NUL byte"),
         (b"a.png\tx\t0.98", r"more than path and label: 'x\\t0.98' has a tab or a CR"),
         (b"a.png\tx\rb.png\ty", "has a tab or a CR"),
-        (b"x" * 1000, "no tab"),
-        (b"x" * 10_000_000, "no end within 65536 bytes"),
+        (b"x" * 10_000_000, "no tab"),
         (b"gone.png\tx", "cannot read image file"),
     ],
 )
