@@ -96,7 +96,7 @@ class _RoundedBlock(nn.Module):
         return F.conv2d(given, kernel, bias, shaped.stride, shaped.padding, groups=shaped.groups)
 
 
-def _rounded(layer: nn.Module) -> type[nn.Module]:
+def _rounded(layer: nn.Module) -> type[Any]:
     """The class that makes a convolution or linear layer round, by the rule of its kind."""
     kind = type(layer)
     rule = _RoundedConv2d if isinstance(layer, nn.Conv2d) else _RoundedLinear
