@@ -6,7 +6,6 @@ import json
 import os
 import threading
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from flows.running import Context, bring, parallel_finetunes
 from flows.server import is_own
 from flows.tracking import Tracker
 from flows.views import FRONTIER, page_of_view
-from pruning.settings import PruneSettings, SparseSettings
+from pruning.settings import PruneSettings, SparseSettings, units_removed
 
 UI = "http://127.0.0.1:5000"
 """Where `crnn-slim ui` serves MLflow."""
@@ -174,7 +173,7 @@ def _warn_of_what_does_not_count(experiment: Experiment) -> None:
     controls = experiment.controls.scratch or experiment.controls.small
     trained = definitions.checkpoints(experiment)
     given = experiment.baseline.checkpoint and sparse.from_baseline
-    units = int(experiment.model.hidden * Decimal(str(prune.lstm_ratio)))
+    units = units_removed(experiment.model.hidden, prune.lstm_ratio)
     remarks = {
         f"{section} is not used: export is null": experiment.export is None
         and getattr(experiment, section) not in (None, _default(Experiment, section))

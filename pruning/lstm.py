@@ -5,7 +5,6 @@ so every layer and direction loses as many.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from decimal import Decimal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from crnn.checkpoint import recogniser_of
 from crnn.networks.recogniser import Recogniser
 from pruning.head import head_readers, whole_weight
 from pruning.moments import Moments, Sums
+from pruning.settings import units_removed
 
 DIRECTIONS = ("", "_reverse")
 GATES = 4
@@ -32,7 +32,7 @@ def keep_units(model: Recogniser, ratio: float) -> Tensor:
         keeps.
     """
     sizes = magnitudes(model)
-    count = int(sizes.shape[2] * Decimal(str(ratio)))
+    count = units_removed(sizes.shape[2], ratio)
     return torch.ones_like(sizes, dtype=torch.bool).scatter(
         2, sizes.argsort(dim=2, stable=True)[..., :count], False
     )

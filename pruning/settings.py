@@ -1,5 +1,6 @@
 """What can be set about sparsity and cutting."""
 
+from decimal import Decimal
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -77,6 +78,11 @@ class Targets(Settings):
     def wishes(self) -> dict[str, float]:
         """Those that were set, by key."""
         return self.model_dump(exclude_none=True)
+
+
+def units_removed(hidden: int, ratio: float) -> int:
+    """How many of the hidden units of an LSTM's layer and direction a lstm_ratio takes."""
+    return int(hidden * Decimal(str(ratio)))
 
 
 class PruneSettings(Settings):
